@@ -1,0 +1,1 @@
+"""Ready recipes for the pipelines."""

@@ -1,0 +1,366 @@
+"""What steps hand to each other: folders with a typed, versioned, fingerprinted ``artifact.json``.
+
+An artifact is a folder. Its payload is written first and ``artifact.json`` last, by rename: its presence
+means the folder is complete. Readers learn shapes, dtypes and file names from it and from nowhere else, refuse a
+schema version they do not know, and verify checksums. Rows that there are many of (samples, latents, captions) lie beside it as
+JSON Lines, named and checksummed in ``artifact.json`` like every other payload file.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from kubetuner import __version__
+from kubetuner.errors import ArtifactError
+
+ARTIFACT_FILE = "artifact.json"
+
+
+class Record(BaseModel):
+    """A frozen value that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(Record):
+    """One payload file, relative to the artifact's folder."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Skipped(Record):
+    """A sample that was left out, and why."""
+
+    name: str
+    reason: str
+
+
+class TensorSpec(Record):
+    """What one named tensor of a sample looks like; ``None`` in ``shape`` varies from sample to sample."""
+
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+class ShardEntry(Record):
+    """One safetensors file of encoded samples, named by the SHA-256 of its bytes.
+
+    Attributes:
+        file: ``<sha256>.safetensors``, in the store or in the artifact's ``shards/`` folder.
+        samples: Samples in the file.
+        bytes: Size of the file.
+        sha256: Checksum of the file.
+    """
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+class Sample(Record):
+    """One usable picture of a dataset (a row of ``samples.jsonl``).
+
+    Attributes:
+        id: ``<dataset id>/<path relative to the dataset>``; unique in an artifact.
+        dataset: The backend's ``id`` in the data file.
+        file: Payload path of the picture's bytes, relative to the artifact; named by content.
+        sha256: Checksum of the picture's bytes.
+        width: Pixels, after the EXIF orientation was applied.
+        height: Pixels, after the EXIF orientation was applied.
+        captions: At least one; several are alternatives of which one is drawn at each use.
+    """
+
+    id: str
+    dataset: str
+    file: str
+    sha256: str
+    width: int
+    height: int
+    captions: tuple[str, ...]
+
+
+class LatentRow(Record):
+    """Where one sample's latents are and which geometry made them (a row of ``latents.jsonl``).
+
+    Attributes:
+        sample: :attr:`Sample.id`.
+        dataset: The backend's ``id``.
+        key: Content key: file bytes, geometry, encoder revision and dtype.
+        shard: File name of the shard.
+        intermediary_size: (width, height) in pixels the picture was resized to before the crop.
+        crop: (top, left) of the crop in the resized picture, as really cut.
+        target_size: (width, height) in pixels of the crop; the bucket.
+        bucket: Aspect ratio of the bucket as SimpleTuner names it, such as ``"1.75"``.
+    """
+
+    sample: str
+    dataset: str
+    key: str
+    shard: str
+    intermediary_size: tuple[int, int]
+    crop: tuple[int, int]
+    target_size: tuple[int, int]
+    bucket: str
+
+
+class TextRow(Record):
+    """Where one text's embedding is (a row of ``texts.jsonl``).
+
+    Attributes:
+        text: The caption or prompt, as written by the user.
+        key: Content key: prepared text, encoder revision, length and preprocessing version.
+        shard: File name of the shard.
+    """
+
+    text: str
+    key: str
+    shard: str
+
+
+class CaptionRow(Record):
+    """Which texts belong to one sample (a row of ``captions.jsonl``)."""
+
+    sample: str
+    texts: tuple[str, ...]
+
+
+class Artifact(Record):
+    """Fields that every artifact has.
+
+    Attributes:
+        fingerprint: SHA-256 over exactly what decides the payload's meaning; equal inputs, equal fingerprint.
+        parents: Fingerprints of the artifacts it was made from.
+        created_by: Version of kubetuner that wrote it.
+        files: Payload files inside the folder (shards in an external store are not among them).
+    """
+
+    schema_version: Literal[1] = 1
+    fingerprint: str
+    parents: tuple[str, ...] = ()
+    created_by: str = f"kubetuner {__version__}"
+    files: tuple[FileEntry, ...] = ()
+
+
+class DatasetArtifact(Artifact):
+    """Pictures and captions, downloaded and checked. Rows: ``samples.jsonl`` (:class:`Sample`)."""
+
+    kind: Literal["dataset"] = "dataset"
+    num_samples: int
+    skipped: tuple[Skipped, ...] = ()
+
+
+class LatentsArtifact(Artifact):
+    """VAE latents of a dataset. Rows: ``latents.jsonl`` (:class:`LatentRow`).
+
+    A shard holds the tensor ``"<key>.latents"`` for each of its samples.
+    ``encoded`` samples were computed by this run, ``reused`` ones were found in the store.
+    """
+
+    kind: Literal["latents"] = "latents"
+    num_samples: int
+    encoded: int
+    reused: int
+    tensors: dict[str, TensorSpec]
+    shards: tuple[ShardEntry, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+
+class TextEmbedsArtifact(Artifact):
+    """Text embeddings of captions and prompts. Rows: ``texts.jsonl`` and ``captions.jsonl``.
+
+    A shard holds the tensors ``"<key>.<name>"`` for each name in ``tensors``; sequences are trimmed to their
+    attention mask where the family allows it, so the mask is ones over the stored length and is not stored.
+    """
+
+    kind: Literal["text_embeds"] = "text_embeds"
+    num_texts: int
+    encoded: int
+    reused: int
+    tensors: dict[str, TensorSpec]
+    shards: tuple[ShardEntry, ...]
+
+
+class ModelArtifact(Artifact):
+    """A trained model: a diffusers pipeline folder (full) or ``pytorch_lora_weights.safetensors`` (lora).
+
+    Attributes:
+        family: ``pixart_sigma``, ``sdxl`` or ``sana``.
+        model_type: ``full`` or ``lora``.
+        base_model: Hub id or folder of the base.
+        base_revision: Commit or content hash of the base.
+        steps: Optimizer steps taken.
+        first_loss: Mean training loss of the first logged step.
+        last_loss: Mean training loss of the last logged step.
+        mlflow_model_uri: ``models:/<id>`` when the model was tracked, else empty.
+        mlflow_run_id: The train step's MLflow run, else empty.
+    """
+
+    kind: Literal["model"] = "model"
+    family: str
+    model_type: Literal["full", "lora"]
+    base_model: str
+    base_revision: str
+    steps: int
+    first_loss: float
+    last_loss: float
+    mlflow_model_uri: str = ""
+    mlflow_run_id: str = ""
+
+
+class ValidationImage(Record):
+    """One prompt drawn by the base model and by the trained one; paths are relative to the artifact."""
+
+    shortname: str
+    prompt: str
+    seed: int
+    width: int
+    height: int
+    before: str
+    after: str
+    clip_score_before: float | None = None
+    clip_score_after: float | None = None
+
+
+class EvaluationArtifact(Artifact):
+    """Evaluation losses, validation pictures and scores. Files: ``report.html``, ``summary.md``, ``images/``."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    metrics: dict[str, float]
+    images: tuple[ValidationImage, ...]
+
+
+class PublishedArtifact(Artifact):
+    """Where the model went. ``url`` is a hub commit URL or a local folder."""
+
+    kind: Literal["published"] = "published"
+    url: str
+    commit: str = ""
+
+
+AnyArtifact = Annotated[
+    DatasetArtifact | LatentsArtifact | TextEmbedsArtifact | ModelArtifact | EvaluationArtifact | PublishedArtifact,
+    Field(discriminator="kind"),
+]
+_ADAPTER: TypeAdapter[AnyArtifact] = TypeAdapter(AnyArtifact)
+
+ArtifactT = TypeVar("ArtifactT", bound=Artifact)
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+def fingerprint(*parts: object) -> str:
+    """SHA-256 (hex) of the canonical JSON of ``parts``: JSON values or :class:`Record` instances."""
+    return hashlib.sha256(canonical_json(list(parts)).encode()).hexdigest()
+
+
+def canonical_json(value: object) -> str:
+    """JSON with sorted keys and no spaces; equal values give equal text."""
+
+    def default(item: object) -> object:
+        if isinstance(item, BaseModel):
+            return item.model_dump(mode="json")
+        raise TypeError(f"{type(item).__name__} has no JSON form")
+
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=default)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, flush it to disk and rename it over ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_rows(folder: Path, name: str, rows: Iterable[Record]) -> None:
+    """Write ``rows`` as JSON Lines to ``folder/name``."""
+    text = "".join(row.model_dump_json() + "\n" for row in rows)
+    write_atomically(folder / name, lambda path: _write_text(path, text))
+
+
+def read_rows(folder: Path, name: str, row_type: type[RecordT]) -> Iterator[RecordT]:
+    """Yield the rows of ``folder/name``."""
+    with (folder / name).open(encoding="utf-8") as stream:
+        for line in stream:
+            yield row_type.model_validate_json(line)
+
+
+def list_files(folder: Path) -> tuple[FileEntry, ...]:
+    """Describe every finished payload file below ``folder``, sorted by path."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != ARTIFACT_FILE)
+    return tuple(
+        FileEntry(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=sha256_of(path))
+        for path in sorted(paths)
+        if not (path.name.startswith(".") and path.name.endswith(".tmp"))
+    )
+
+
+def write_artifact(folder: Path, artifact: Artifact) -> None:
+    """Write ``artifact.json``; call it last, when the payload is complete."""
+    text = artifact.model_dump_json(indent=2) + "\n"
+    write_atomically(folder / ARTIFACT_FILE, lambda path: _write_text(path, text))
+
+
+def read_artifact(folder: Path, kind: type[ArtifactT]) -> ArtifactT:
+    """Read ``folder/artifact.json`` and check that it is a ``kind`` of a schema version we know.
+
+    Raises:
+        ArtifactError: It is missing, malformed, of another kind, or of another schema version.
+    """
+    path = folder / ARTIFACT_FILE
+    if not path.is_file():
+        raise ArtifactError(f"{folder} holds no {ARTIFACT_FILE}: the step that writes it did not finish; run it again")
+    try:
+        artifact = _ADAPTER.validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ArtifactError(f"{path} was not written by this version ({__version__}): {error}") from error
+    if not isinstance(artifact, kind):
+        raise ArtifactError(f"{folder} is a {artifact.kind!r} artifact; expected {kind.model_fields['kind'].default!r}")
+    return artifact
+
+
+def verify_files(folder: Path, artifact: Artifact) -> None:
+    """Check size and checksum of every payload file.
+
+    Raises:
+        ArtifactError: Names each file that is missing or damaged.
+    """
+    damaged = [
+        entry.path
+        for entry in artifact.files
+        if not (folder / entry.path).is_file()
+        or (folder / entry.path).stat().st_size != entry.bytes
+        or sha256_of(folder / entry.path) != entry.sha256
+    ]
+    if damaged:
+        raise ArtifactError(
+            f"{folder}: {len(damaged)} missing or damaged file(s): {', '.join(damaged[:5])}; run the step again"
+        )
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

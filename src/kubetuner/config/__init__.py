@@ -1,0 +1,1 @@
+"""The configuration: SimpleTuner's flat keys in, one frozen typed section per step out."""

@@ -1,0 +1,336 @@
+"""One frozen section per step: exactly the settings that the step needs.
+
+A section travels between pipeline steps as canonical JSON (:meth:`Section.to_json`), so equal settings are equal
+bytes and Kubeflow's cache agrees with ours. Fields that change speed but not results are listed in
+``SPEED_ONLY`` and stay out of fingerprints. Names are SimpleTuner's keys.
+"""
+
+import json
+from typing import ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict
+
+FamilyName = Literal["pixart_sigma", "sdxl", "sana"]
+ModelType = Literal["full", "lora"]
+
+
+class Section(BaseModel):
+    """A frozen group of settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    SPEED_ONLY: ClassVar[frozenset[str]] = frozenset()
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of :meth:`to_json`."""
+        return cls.model_validate_json(text)
+
+    def deciding(self) -> dict[str, object]:
+        """The settings that decide the result, as JSON values: all but ``SPEED_ONLY``."""
+        return self.model_dump(mode="json", exclude=set(self.SPEED_ONLY))
+
+
+class ModelRef(Section):
+    """Which pretrained pipeline.
+
+    Attributes:
+        family: ``model_family``.
+        path: Hub id or folder (``pretrained_model_name_or_path``, or the one of ``model_flavour``).
+        revision: Hub commit, or for a folder the hash of its contents; resolved by ``plan``.
+        variant: File variant such as ``fp16``; empty for none.
+        vae_path: ``pretrained_vae_model_name_or_path``; empty for the pipeline's own VAE.
+    """
+
+    family: FamilyName
+    path: str
+    revision: str = ""
+    variant: str = ""
+    vae_path: str = ""
+
+
+class DatasetSource(Section):
+    """Where one dataset's pictures and captions come from (an entry of the data file).
+
+    Attributes:
+        id: Unique name of the backend.
+        dataset_type: ``image`` is trained on, ``eval`` is held out.
+        type: Kind of storage.
+        instance_data_dir: Folder of a ``local`` dataset.
+        caption_strategy: ``filename``, ``textfile`` or ``instanceprompt``.
+        instance_prompt: One or several prompts for ``instanceprompt``, or to prepend.
+        prepend_instance_prompt: Caption becomes "instance_prompt caption".
+        only_instance_prompt: Caption becomes the instance prompt.
+        revision: Hash of the listing (names, sizes, modification times), resolved by ``plan``.
+    """
+
+    id: str
+    dataset_type: Literal["image", "eval"] = "image"
+    type: Literal["local"] = "local"
+    instance_data_dir: str
+    caption_strategy: Literal["filename", "textfile", "instanceprompt"] = "filename"
+    instance_prompt: tuple[str, ...] = ()
+    prepend_instance_prompt: bool = False
+    only_instance_prompt: bool = False
+    revision: str = ""
+
+
+class DownloadSection(Section):
+    """Settings of ``download_dataset``.
+
+    Attributes:
+        datasets: Sources, in the order of the data file.
+        max_skipped_share: Share of undecodable pictures in 0..1 above which the step fails.
+    """
+
+    datasets: tuple[DatasetSource, ...]
+    max_skipped_share: float = 0.1
+
+
+class Geometry(Section):
+    """How one dataset's pictures become latents; see ``kubetuner.data.geometry`` for the arithmetic.
+
+    Attributes:
+        resolution: Edge in pixels (``pixel``, ``pixel_area``) or megapixels (``area``).
+        resolution_type: Unit of ``resolution`` and of the three sizes below.
+        crop: Crop to ``crop_aspect``; without it only the alignment remainder is cut.
+        crop_style: Where the crop lies.
+        crop_aspect: ``square`` puts every picture in bucket 1.0, ``preserve`` keeps its bucket.
+        minimum_image_size: Smaller pictures are skipped; ``None`` for no limit.
+        maximum_image_size: With ``crop``, larger pictures are first brought to ``target_downsample_size``.
+        target_downsample_size: See ``maximum_image_size``.
+        aspect_bucket_alignment: Edges are multiples of this many pixels.
+        aspect_bucket_rounding: Decimals of a bucket's aspect ratio.
+    """
+
+    resolution: float = 1024.0
+    resolution_type: Literal["pixel", "area", "pixel_area"] = "pixel_area"
+    crop: bool = False
+    crop_style: Literal["random", "center", "corner"] = "random"
+    crop_aspect: Literal["square", "preserve"] = "square"
+    minimum_image_size: float | None = None
+    maximum_image_size: float | None = None
+    target_downsample_size: float | None = None
+    aspect_bucket_alignment: int = 64
+    aspect_bucket_rounding: int = 2
+
+
+class DatasetGeometry(Section):
+    """The geometry of one dataset."""
+
+    id: str
+    geometry: Geometry
+
+
+class CacheVaeSection(Section):
+    """Settings of ``cache_vae``.
+
+    Attributes:
+        seed: Seeds random crops and the posterior's sample, together with the picture's content.
+        dtype: Stored dtype of latents.
+        vae_batch_size: Pictures encoded at once.
+    """
+
+    SPEED_ONLY: ClassVar[frozenset[str]] = frozenset({"vae_batch_size"})
+
+    model: ModelRef
+    datasets: tuple[DatasetGeometry, ...]
+    seed: int = 0
+    dtype: Literal["bf16", "fp32"] = "fp32"
+    vae_batch_size: int = 4
+
+
+class CacheTextSection(Section):
+    """Settings of ``cache_text_embeds``.
+
+    Attributes:
+        max_length: Tokens per text (``tokenizer_max_length``); the family's own when 0.
+        instruction: Sana's complex human instruction, empty for none; ignored by other families.
+        clean_caption: PixArt's caption cleaning.
+        dtype: Stored dtype of embeddings.
+        prompts: Texts to encode besides the captions: validation prompts, without the instruction when negative.
+        negative_prompt: Encoded without the instruction.
+        text_encoder_batch_size: Texts encoded at once.
+    """
+
+    SPEED_ONLY: ClassVar[frozenset[str]] = frozenset({"text_encoder_batch_size"})
+
+    model: ModelRef
+    max_length: int = 0
+    instruction: str = ""
+    clean_caption: bool = True
+    dtype: Literal["bf16", "fp32"] = "fp32"
+    text_encoder_batch_size: int = 16
+
+
+class LoraSettings(Section):
+    """``model_type: lora``.
+
+    Attributes:
+        rank: ``lora_rank``.
+        alpha: ``lora_alpha``; equals ``rank`` unless set.
+        dropout: ``lora_dropout`` in 0..1.
+        init_type: ``lora_init_type``.
+        target_modules: ``peft_lora_target_modules``; empty for the family's own.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.1
+    init_type: Literal["default", "gaussian"] = "default"
+    target_modules: tuple[str, ...] = ()
+
+
+class DatasetSampling(Section):
+    """How often a dataset is drawn from. ``repeats`` counts extra passes per epoch; 0 is one pass."""
+
+    id: str
+    repeats: int = 0
+    probability: float = 1.0
+
+
+class FlowSchedule(Section):
+    """Densities of a flow-matching family (``flow_schedule_*``).
+
+    Attributes:
+        density: ``logit_normal`` is SimpleTuner's sigmoid density, ``uniform`` is ``flow_use_uniform_schedule``.
+        sigmoid_scale: ``flow_sigmoid_scale``.
+        shift: ``flow_schedule_shift``: sigma' = shift * sigma / (1 + (shift - 1) * sigma); 1 leaves it as it is.
+    """
+
+    density: Literal["logit_normal", "uniform"] = "logit_normal"
+    sigmoid_scale: float = 1.0
+    shift: float = 3.0
+
+
+class TrainSection(Section):
+    """Settings of ``train``.
+
+    Attributes:
+        max_train_steps: Optimizer steps; exactly one of this and ``num_train_epochs`` is above 0.
+        grad_clip_method: ``norm`` or ``value``; ``max_grad_norm`` 0 turns clipping off.
+        checkpoint_step_interval: Optimizer steps between checkpoints; 0 for the end only.
+        lr_end: Floor of the ``polynomial`` schedule.
+        log_step_interval: Optimizer steps between logged points.
+        seed: Seeds noise, timesteps, caption dropout, sampling order and adapter initialisation.
+    """
+
+    SPEED_ONLY: ClassVar[frozenset[str]] = frozenset({"checkpoint_step_interval", "checkpoints_total_limit"})
+
+    model: ModelRef
+    model_type: ModelType
+    lora: LoraSettings | None = None
+    datasets: tuple[DatasetSampling, ...]
+    data_backend_sampling: Literal["auto-weighting", "uniform"] = "auto-weighting"
+    max_train_steps: int = 0
+    num_train_epochs: int = 0
+    train_batch_size: int = 4
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = True
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    optimizer: Literal["torch-adamw"] = "torch-adamw"
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 0.01
+    adam_epsilon: float = 1e-8
+    learning_rate: float = 4e-7
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant_with_warmup"
+    lr_warmup_steps: int = 0
+    lr_end: float = 0.0
+    lr_power: float = 1.0
+    max_grad_norm: float = 2.0
+    grad_clip_method: Literal["norm", "value"] = "norm"
+    caption_dropout_probability: float = 0.1
+    disable_segmented_timestep_sampling: bool = False
+    flow: FlowSchedule = FlowSchedule()
+    seed: int = 42
+    checkpoint_step_interval: int = 500
+    checkpoints_total_limit: int = 5
+    resume_from_checkpoint: str = "latest"
+    log_step_interval: int = 1
+
+
+class Prompt(Section):
+    """A validation prompt; ``shortname`` names its pictures."""
+
+    shortname: str
+    prompt: str
+
+
+class EvaluateSection(Section):
+    """Settings of ``evaluate``.
+
+    Attributes:
+        eval_datasets: Ids of the held-out datasets (``dataset_type: eval``).
+        num_eval_images: Samples used per held-out dataset.
+        eval_timesteps: Noise levels per sample.
+        prompts: Validation prompts with short names.
+        negative_prompt: ``validation_negative_prompt``.
+        resolutions: (width, height) in pixels.
+        guidance: ``validation_guidance``.
+        num_inference_steps: ``validation_num_inference_steps``.
+        num_validation_images: Pictures per prompt and resolution, with consecutive seeds.
+        seed: Seed of the first picture of every prompt.
+        evaluation_type: ``clip`` scores pictures with ``judge``.
+        judge: CLIP model: hub id or folder (``pretrained_evaluation_model_name_or_path``).
+        instruction: See :class:`CacheTextSection`.
+        clean_caption: See :class:`CacheTextSection`.
+        seed_eval: Seed of the evaluation noise.
+    """
+
+    model: ModelRef
+    model_type: ModelType
+    eval_datasets: tuple[str, ...] = ()
+    num_eval_images: int = 4
+    eval_timesteps: int = 28
+    prompts: tuple[Prompt, ...] = ()
+    negative_prompt: str = ""
+    resolutions: tuple[tuple[int, int], ...] = ((1024, 1024),)
+    guidance: float = 7.5
+    num_inference_steps: int = 30
+    num_validation_images: int = 1
+    seed: int = 42
+    evaluation_type: Literal["none", "clip"] = "none"
+    judge: str = ""
+    instruction: str = ""
+    clean_caption: bool = True
+    max_length: int = 0
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    flow: FlowSchedule = FlowSchedule()
+
+
+class PushSection(Section):
+    """Settings of ``push_to_hub``.
+
+    Attributes:
+        push_to_hub: Without it the folder is written to ``hub/`` and not uploaded.
+        hub_model_id: ``namespace/name``, or ``name`` for the token's user.
+        private: ``model_card_private``.
+        safe_for_work: ``model_card_safe_for_work``.
+        note: ``model_card_note``, shown in the card.
+        training: Facts for the card: settings of the train section as JSON.
+    """
+
+    model: ModelRef
+    model_type: ModelType
+    push_to_hub: bool = False
+    hub_model_id: str = ""
+    private: bool = True
+    safe_for_work: bool = False
+    note: str = ""
+    training: str = "{}"
+
+
+class Sections(Section):
+    """All sections of a run."""
+
+    download: DownloadSection
+    cache_vae: CacheVaeSection
+    cache_text_embeds: CacheTextSection
+    train: TrainSection
+    evaluate: EvaluateSection
+    push: PushSection
