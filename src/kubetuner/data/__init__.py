@@ -1,0 +1,1 @@
+"""Pictures and captions: geometry, decoding, shards and batches."""

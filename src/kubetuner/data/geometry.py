@@ -1,0 +1,182 @@
+"""Which size a picture is resized to, what is cut from it, and which bucket it lands in.
+
+The arithmetic is SimpleTuner's: edges are rounded half-to-even to a multiple of the alignment, a bucket's target size
+comes from the *rounded* aspect ratio and the size before the crop (the intermediary size) from the unrounded one.
+Sizes are (width, height), crops are (top, left).
+
+Two things differ on purpose. A crop's offsets are always those that are really cut, also for random crops. And of the
+pictures in a cropped dataset only those above ``maximum_image_size`` are brought to ``target_downsample_size`` first.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+from kubetuner.config.sections import Geometry
+
+Size = tuple[int, int]
+
+SQUARE_BUCKET = 1.0
+# Megapixels within SQUARE_TOLERANCE of a key have this edge in the square bucket, whatever rounding would give.
+SQUARE_EDGES = ((0.25, 512), (0.5, 768), (1.0, 1024), (2.0, 1536), (4.0, 2048))
+SQUARE_TOLERANCE = 0.05
+PIXELS_PER_MEGAPIXEL = 1_000_000
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a picture goes: resize to ``intermediary_size``, then cut ``target_size`` at ``crop``.
+
+    Attributes:
+        intermediary_size: (width, height) of the resized picture; at least ``target_size``.
+        crop: (top, left) of the cut in the resized picture.
+        target_size: (width, height) of the cut.
+        bucket: Aspect ratio of ``target_size``, such as ``"1.75"``.
+    """
+
+    intermediary_size: Size
+    crop: tuple[int, int]
+    target_size: Size
+    bucket: str
+
+
+@dataclass(frozen=True)
+class TooSmall:
+    """The picture is below ``minimum_image_size``; ``reason`` says by how much."""
+
+    reason: str
+
+
+def place(geometry: Geometry, width: int, height: int, seed_key: str) -> Placement | TooSmall:
+    """Place a picture of ``width`` x ``height`` pixels (EXIF orientation applied).
+
+    Args:
+        geometry: The dataset's settings.
+        width: Pixels.
+        height: Pixels.
+        seed_key: Decides where a random crop lies; equal keys give equal crops.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"a picture of {width}x{height} pixels cannot be placed; both edges must be at least 1")
+    reason = _too_small(geometry, width, height)
+    if reason:
+        return TooSmall(reason)
+    target = target_size(geometry, width, height)
+    intermediary = _cover(target, width / height)
+    if _is_downsampled_first(geometry, width, height):
+        larger = _cover(_bucket_size(geometry, _downsample_edge(geometry), width, height), width / height)
+        if larger[0] >= target[0] and larger[1] >= target[1]:
+            intermediary = larger
+    return Placement(
+        intermediary_size=intermediary,
+        crop=_crop_offsets(geometry, intermediary, target, seed_key),
+        target_size=target,
+        bucket=str(round(target[0] / target[1], geometry.aspect_bucket_rounding)),
+    )
+
+
+def target_size(geometry: Geometry, width: int, height: int) -> Size:
+    """The (width, height) in pixels that a picture of ``width`` x ``height`` ends up with."""
+    if geometry.crop and geometry.crop_aspect == "square":
+        edge = _square_edge(geometry, geometry.resolution)
+        return edge, edge
+    return _bucket_size(geometry, geometry.resolution, width, height)
+
+
+def _bucket_size(geometry: Geometry, resolution: float, width: int, height: int) -> Size:
+    """The size of the bucket that the picture's own aspect ratio belongs to."""
+    decimals = geometry.aspect_bucket_rounding
+    aspect = max(round(width / height, decimals), 10.0**-decimals)  # never 0, however narrow the picture
+    if geometry.resolution_type == "pixel":
+        if aspect < 1:
+            exact_width, exact_height = float(resolution), float(int(resolution / aspect))
+        else:
+            exact_width, exact_height = float(int(resolution * aspect)), float(resolution)
+    else:
+        edge = _align(geometry, int(math.sqrt(_area(geometry, resolution))))
+        exact_width, exact_height = edge * math.sqrt(aspect), edge / math.sqrt(aspect)
+    size = _align(geometry, exact_width), _align(geometry, exact_height)
+    if SQUARE_BUCKET in (aspect, round(size[0] / size[1], decimals)):
+        edge = _square_edge(geometry, resolution)
+        return edge, edge
+    return size
+
+
+def _square_edge(geometry: Geometry, resolution: float) -> int:
+    """The edge of the square bucket."""
+    if geometry.resolution_type == "pixel":
+        return _align(geometry, resolution)
+    area = _area(geometry, resolution)
+    for megapixels, edge in SQUARE_EDGES:
+        if abs(area / PIXELS_PER_MEGAPIXEL - megapixels) <= SQUARE_TOLERANCE:
+            return _align(geometry, edge)
+    return _align(geometry, math.sqrt(area))
+
+
+def _cover(target: Size, aspect: float) -> Size:
+    """The smallest size of (unrounded) ``aspect`` that covers ``target``, in whole pixels."""
+    target_width, target_height = target
+    if target_width < target_height:
+        width, height = target_width, int(target_width / aspect)
+    else:
+        width, height = int(target_height * aspect), target_height
+    if width < target_width:
+        return target_width, int(target_width / aspect)
+    if height < target_height:
+        return int(target_height * aspect), target_height
+    return width, height
+
+
+def _crop_offsets(geometry: Geometry, intermediary: Size, target: Size, seed_key: str) -> tuple[int, int]:
+    """(top, left) of the crop."""
+    spare_width, spare_height = intermediary[0] - target[0], intermediary[1] - target[1]
+    if geometry.crop_style == "center":
+        return spare_height // 2, spare_width // 2
+    if geometry.crop_style == "corner":
+        return 0, 0
+    digest = hashlib.sha256(seed_key.encode("utf-8", "surrogateescape")).digest()
+    top = int.from_bytes(digest[:8], "big") % (spare_height + 1)
+    left = int.from_bytes(digest[8:16], "big") % (spare_width + 1)
+    return top, left
+
+
+def _too_small(geometry: Geometry, width: int, height: int) -> str:
+    """Why the picture is below the minimum, or nothing."""
+    minimum = geometry.minimum_image_size
+    if not minimum:
+        return ""
+    got = f"{width}x{height} pixels"
+    wanted = f"minimum_image_size {minimum:g} ({geometry.resolution_type})"
+    if geometry.resolution_type == "pixel":
+        return f"{got}: an edge is below {wanted}" if min(width, height) < minimum else ""
+    area = _area(geometry, minimum)
+    if width * height < area:
+        return f"{got}: the area is below {wanted}"
+    edge = int(math.sqrt(area))
+    if geometry.crop and geometry.crop_aspect == "square" and min(width, height) < edge:
+        return f"{got}: an edge is below {edge}, which square crops need for {wanted}"
+    return ""
+
+
+def _is_downsampled_first(geometry: Geometry, width: int, height: int) -> bool:
+    maximum = geometry.maximum_image_size
+    if not geometry.crop or not maximum or not geometry.target_downsample_size:
+        return False
+    if geometry.resolution_type == "pixel":
+        return max(width, height) > maximum
+    return width * height > _area(geometry, maximum)
+
+
+def _downsample_edge(geometry: Geometry) -> float:
+    return geometry.target_downsample_size or geometry.resolution
+
+
+def _area(geometry: Geometry, value: float) -> float:
+    """Square pixels of a setting in ``area`` or ``pixel_area`` units."""
+    return value * value if geometry.resolution_type == "pixel_area" else value * PIXELS_PER_MEGAPIXEL
+
+
+def _align(geometry: Geometry, value: float) -> int:
+    """The nearest multiple of the alignment (half to even), at least one."""
+    alignment = geometry.aspect_bucket_alignment
+    return max(alignment, round(value / alignment) * alignment)

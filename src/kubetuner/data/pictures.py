@@ -1,0 +1,182 @@
+"""Opening, measuring and resizing pictures.
+
+Every way in applies the EXIF orientation, so width and height mean what a person sees. Transparent pixels are shown
+on white; 16-bit pictures keep their upper 8 bits. Only :func:`to_pixels` needs torch.
+"""
+
+import io
+import struct
+import zlib
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image, UnidentifiedImageError
+
+from kubetuner.data.geometry import Placement
+from kubetuner.errors import DatasetError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Above this a picture is refused: a few kilobytes can claim to be gigapixels.
+MAX_PIXELS = 89_478_485
+
+_EXIF_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TURNS_SIDEWAYS = {5, 6, 7, 8}
+# What Pillow's decoders raise on damaged files, besides OSError.
+_DAMAGE = (
+    SyntaxError,
+    ValueError,
+    TypeError,
+    IndexError,
+    EOFError,
+    ArithmeticError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+_EXTENSIONS = {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}
+
+
+class PictureError(DatasetError):
+    """A picture that cannot be used; ``reason`` says why without naming it."""
+
+    def __init__(self, reason: str, path: Path | None = None) -> None:
+        self.reason = reason
+        super().__init__(f"{path}: {reason}" if path else reason)
+
+
+@dataclass(frozen=True)
+class PictureInfo:
+    """What decoding a picture's bytes showed.
+
+    Attributes:
+        width: Pixels, EXIF orientation applied.
+        height: Pixels, EXIF orientation applied.
+        extension: Usual file extension of the format the bytes really have, without a dot.
+    """
+
+    width: int
+    height: int
+    extension: str
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Decode ``path`` to an upright RGB picture.
+
+    Raises:
+        PictureError: It is missing, damaged, too large or no picture.
+    """
+    return _decode(read_picture(path), path)[0]
+
+
+def check_picture(data: bytes) -> PictureInfo:
+    """Decode a picture's bytes completely and describe it.
+
+    Raises:
+        PictureError: The bytes are damaged, too large or no picture.
+    """
+    image, kind = _decode(data, None)
+    return PictureInfo(image.width, image.height, _EXTENSIONS.get(kind, kind))
+
+
+def measure(path: Path) -> tuple[int, int]:
+    """(width, height) of the upright picture, from its header where the format allows it.
+
+    Raises:
+        PictureError: The header is missing or damaged, or the picture is too large.
+    """
+    try:
+        with path.open("rb") as stream, closing(Image.open(stream)) as image:
+            _refuse_bomb(image)
+            width, height = image.size
+            return (height, width) if _orientation(image) in _TURNS_SIDEWAYS else (width, height)
+    except (OSError, *_DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise PictureError(_explain(error), path) from error
+
+
+def to_pixels(image: Image.Image, placement: Placement) -> "Tensor":
+    """Resize (Lanczos) and cut an RGB picture: float32 of shape [3, height, width] in -1..1."""
+    import torch
+
+    if image.mode != "RGB":
+        raise ValueError(f"to_pixels takes an RGB picture, got mode {image.mode}; open it with open_picture")
+    if image.size != placement.intermediary_size:
+        image = image.resize(placement.intermediary_size, Image.Resampling.LANCZOS)
+    top, left = placement.crop
+    width, height = placement.target_size
+    cut = image.crop((left, top, left + width, top + height))
+    pixels = torch.frombuffer(bytearray(cut.tobytes()), dtype=torch.uint8).view(height, width, 3)
+    return (pixels.permute(2, 0, 1).to(torch.float32) / 127.5 - 1.0).contiguous()
+
+
+def read_picture(path: Path) -> bytes:
+    """The bytes of ``path``.
+
+    Raises:
+        PictureError: It is missing or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise PictureError(f"cannot be read ({error.strerror or error})", path) from error
+
+
+def _decode(data: bytes, path: Path | None) -> tuple[Image.Image, str]:
+    """The upright RGB picture and the lower-case name of its format."""
+    if not data:
+        raise PictureError("empty file", path)
+    try:
+        with closing(Image.open(io.BytesIO(data))) as image:
+            _refuse_bomb(image)
+            kind = (image.format or "bin").lower()
+            image.load()
+            orientation = _orientation(image)
+            upright = _to_rgb(image)
+    except (OSError, *_DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise PictureError(_explain(error), path) from error
+    return (upright.transpose(_TURNS[orientation]) if orientation in _TURNS else upright), kind
+
+
+def _refuse_bomb(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1 where there is none or the EXIF block is damaged."""
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except _DAMAGE:
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return image.convert("I").point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture in a format that Pillow knows"
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"more than {MAX_PIXELS} pixels; make it smaller"
+    return f"damaged ({error})"

@@ -1,0 +1,70 @@
+"""Listing a folder."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kubetuner.errors import DatasetError
+from kubetuner.sources.local import list_pictures, listing_revision
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+
+
+def names(root: Path) -> list[str]:
+    return [path.relative_to(root).as_posix() for path in list_pictures(root)]
+
+
+def test_pictures_are_sorted_and_hidden_ones_left_out(tmp_path: Path) -> None:
+    touch(tmp_path, "b.PNG", "a.jpg", "deep/er/c.webp", "deep/d.jpeg", "a.txt", "notes.md", "Thumbs.db", "e.bmp")
+    touch(tmp_path, ".hidden.png", ".ipynb_checkpoints/a.jpg", "deep/.git/x.png")
+    assert names(tmp_path) == ["a.jpg", "b.PNG", "deep/d.jpeg", "deep/er/c.webp", "e.bmp"]
+
+
+def test_volumes_mounted_by_kubernetes_are_followed(tmp_path: Path) -> None:
+    touch(tmp_path, "..2024_01/a.png", "elsewhere/b.png")
+    (tmp_path / "..data").symlink_to("..2024_01")
+    (tmp_path / "a.png").symlink_to("..data/a.png")
+    (tmp_path / "linked").symlink_to("elsewhere")
+    assert names(tmp_path) == ["a.png", "elsewhere/b.png", "linked/b.png"]
+
+
+def test_a_link_to_a_folder_above_ends(tmp_path: Path) -> None:
+    touch(tmp_path, "deep/a.png")
+    (tmp_path / "deep" / "up").symlink_to(tmp_path)
+    assert names(tmp_path) == ["deep/a.png"]
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    for call in (list_pictures, listing_revision):
+        with pytest.raises(DatasetError, match="gone is not a folder; check instance_data_dir"):
+            call(tmp_path / "gone")
+
+
+def test_the_revision_changes_with_names_sizes_times_and_captions_only(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "a.txt", "sub/b.png")
+    seen = [listing_revision(tmp_path)]
+    assert listing_revision(tmp_path) == seen[0]
+    touch(tmp_path, ".hidden/x.png", "notes.md")
+    assert listing_revision(tmp_path) == seen[0]
+
+    status = (tmp_path / "a.png").stat()
+    os.utime(tmp_path / "a.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    seen.append(listing_revision(tmp_path))
+    (tmp_path / "a.txt").write_text("another caption")
+    seen.append(listing_revision(tmp_path))
+    (tmp_path / "sub" / "b.png").rename(tmp_path / "sub" / "c.png")
+    seen.append(listing_revision(tmp_path))
+    touch(tmp_path, "d.png")
+    seen.append(listing_revision(tmp_path))
+    assert len(set(seen)) == 5
+
+
+def test_a_broken_link_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to("nowhere.png")
+    with pytest.raises(DatasetError, match=r"a\.png cannot be read \(No such file"):
+        listing_revision(tmp_path)
