@@ -1,0 +1,1 @@
+"""Noise processes and losses: pure tensor maths, no models."""
