@@ -152,8 +152,6 @@ class CacheTextSection(Section):
         instruction: Sana's complex human instruction, empty for none; ignored by other families.
         clean_caption: PixArt's caption cleaning.
         dtype: Stored dtype of embeddings.
-        prompts: Texts to encode besides the captions: validation prompts, without the instruction when negative.
-        negative_prompt: Encoded without the instruction.
         text_encoder_batch_size: Texts encoded at once.
     """
 

@@ -1,0 +1,280 @@
+"""Checked values of ``config.json`` and the datasets to one section per step, with the checks between keys."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kubetuner.config.data import Data
+from kubetuner.config.keys import Values
+from kubetuner.config.models import OUTLINES, FamilyOutline
+from kubetuner.config.prompts import read_instruction, read_prompts, read_resolutions
+from kubetuner.config.sections import (
+    CacheTextSection,
+    CacheVaeSection,
+    DownloadSection,
+    EvaluateSection,
+    FamilyName,
+    FlowSchedule,
+    LoraSettings,
+    ModelRef,
+    ModelType,
+    PushSection,
+    Sections,
+    TrainSection,
+)
+from kubetuner.errors import Problem
+
+DEFAULT_JUDGE = "openai/clip-vit-large-patch14-336"
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_init_type", "peft_lora_target_modules", "lora_type")
+_SANA_KEYS = (
+    "flow_schedule_shift", "flow_sigmoid_scale", "flow_use_uniform_schedule", "sana_complex_human_instruction",
+)  # fmt: skip
+_TRAIN_KEYS = (
+    "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "optimizer",
+    "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "learning_rate", "lr_scheduler", "lr_warmup_steps",
+    "lr_end", "lr_power", "grad_clip_method", "caption_dropout_probability", "disable_segmented_timestep_sampling",
+    "seed",    "checkpoint_step_interval", "checkpoints_total_limit", "resume_from_checkpoint", "log_step_interval",
+    "data_backend_sampling",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Base:
+    """What all sections are built from."""
+
+    family: FamilyName
+    outline: FamilyOutline
+    model: ModelRef
+    model_type: ModelType
+    values: Values
+    instruction: str
+    flow: FlowSchedule
+
+
+def read_base(values: Values, where: str, cwd: Path, problems: list[Problem]) -> Base | None:
+    """The model and what all sections share; ``None`` without a valid family and model type."""
+    family = next((name for name in OUTLINES if name == values.text("model_family")), None)
+    if family is None or "model_type" not in values:
+        return None
+    outline = OUTLINES[family]
+    model_type: ModelType = "lora" if values.text("model_type") == "lora" else "full"
+    _refuse_foreign(values, family, model_type, where, problems)
+    path = _model_path(values, outline, where, problems)
+    sana = family == "sana"
+    return Base(
+        family=family,
+        outline=outline,
+        model=ModelRef(
+            family=family,
+            path=path,
+            revision=values.text("revision"),
+            variant=values.text("variant"),
+            vae_path=values.text("pretrained_vae_model_name_or_path"),
+        ),
+        model_type=model_type,
+        values=values,
+        instruction=read_instruction(values, where, cwd, problems) if sana else "",
+        flow=FlowSchedule(
+            density="uniform" if values.flag("flow_use_uniform_schedule") else "logit_normal",
+            sigmoid_scale=values.number("flow_sigmoid_scale", 1.0),
+            shift=values.number("flow_schedule_shift", 3.0),
+        ),
+    )
+
+
+def _refuse_foreign(values: Values, family: str, model_type: str, where: str, problems: list[Problem]) -> None:
+    """Keys that the chosen family or model type does not use; they would be ignored."""
+
+    def refuse(names: Sequence[str], reason: str) -> None:
+        problems.extend(Problem(f"{where}.{name}", f"{reason}; remove it.") for name in names if name in values)
+
+    if model_type == "full":
+        refuse(_LORA_KEYS, "has no effect with model_type full")
+    if family != "sana":
+        refuse(_SANA_KEYS, f"has no effect with model_family {family}, which trains no flow and takes no instruction")
+    else:
+        refuse(
+            ("pretrained_vae_model_name_or_path",), "is not possible for sana, whose autoencoder is part of the model"
+        )
+        refuse(
+            ("disable_segmented_timestep_sampling",),
+            "has no effect with model_family sana, which draws noise levels singly",
+        )
+        if values.text("vae_dtype") == "bf16":
+            problems.append(Problem(f"{where}.vae_dtype", "is 'bf16'; sana's latents are always 'fp32'."))
+    if family != "pixart_sigma":
+        refuse(("tokenizer_max_length",), f"has no effect with model_family {family}, whose length is fixed")
+    elif values.integer("tokenizer_max_length", 1) > 300:
+        problems.append(Problem(f"{where}.tokenizer_max_length", "is above 300, the most PixArt Sigma takes."))
+
+
+def _model_path(values: Values, outline: FamilyOutline, where: str, problems: list[Problem]) -> str:
+    path = values.text("pretrained_model_name_or_path")
+    flavour = values.text("model_flavour")
+    place = f"{where}.model_flavour"
+    if not flavour:
+        return path or next(iter(outline.flavours.values()))
+    if flavour in outline.later:
+        problems.append(Problem(place, f"is {flavour!r}; training of stages and refiners is not available yet."))
+    elif flavour not in outline.flavours:
+        problems.append(Problem(place, f"is {flavour!r}; expected one of {', '.join(outline.flavours)}."))
+    elif path and path.lower() != outline.flavours[flavour].lower():
+        message = (
+            f"stands for {outline.flavours[flavour]}, but pretrained_model_name_or_path is {path}; keep one of them."
+        )
+        problems.append(Problem(place, message))
+    return path or outline.flavours.get(flavour, "")
+
+
+def build_sections(base: Base, data: Data, where: str, cwd: Path, problems: list[Problem]) -> Sections | None:
+    """All sections; ``None`` when there are problems."""
+    values = base.values
+    train = _train(base, data, where, problems)
+    evaluate = _evaluate(base, data, where, cwd, problems)
+    push = _push(base, train, where, problems)
+    if problems:
+        return None
+    return Sections(
+        download=DownloadSection.model_validate(
+            {"datasets": tuple(entry.source for entry in data.pictures), **values.pick("max_skipped_share")}
+        ),
+        cache_vae=CacheVaeSection.model_validate(
+            {
+                "model": base.model,
+                "datasets": tuple(entry.geometry for entry in data.pictures),
+                **values.pick("vae_batch_size", "seed"),
+                **({"dtype": values.text("vae_dtype")} if "vae_dtype" in values else {}),
+            }
+        ),
+        cache_text_embeds=CacheTextSection.model_validate(
+            {
+                "model": base.model,
+                "max_length": values.integer("tokenizer_max_length", 0),
+                "instruction": base.instruction,
+                **values.pick("text_encoder_batch_size"),
+            }
+        ),
+        train=train,
+        evaluate=evaluate,
+        push=push,
+    )
+
+
+def _train(base: Base, data: Data, where: str, problems: list[Problem]) -> TrainSection:
+    values = base.values
+    steps = values.integer("max_train_steps", 0)
+    epochs = values.integer("num_train_epochs", 0 if "max_train_steps" in values else 1)
+    if steps and epochs:
+        message = f"is {steps} and num_train_epochs is {epochs}; set one of them to 0 or remove it."
+        problems.append(Problem(f"{where}.max_train_steps", message))
+    if not steps and not epochs:
+        problems.append(
+            Problem(f"{where}.max_train_steps", "is 0 and so is num_train_epochs; set one of them above 0.")
+        )
+    lora = None
+    if base.model_type == "lora":
+        rank = values.integer("lora_rank", 16)
+        lora = LoraSettings.model_validate(
+            {
+                "rank": rank,
+                "alpha": values.number("lora_alpha", float(rank)),
+                "dropout": values.number("lora_dropout", 0.1),
+                "init_type": values.text("lora_init_type", "default"),
+                "target_modules": values.texts("peft_lora_target_modules"),
+            }
+        )
+    train = TrainSection.model_validate(
+        {
+            "model": base.model,
+            "model_type": base.model_type,
+            "lora": lora,
+            "datasets": tuple(entry.sampling for entry in data.of("image")),
+            "max_train_steps": steps,
+            "num_train_epochs": epochs,
+            "max_grad_norm": values.number("max_grad_norm", 0.01 if base.family == "pixart_sigma" else 2.0),
+            "flow": base.flow,
+            **values.pick(*_TRAIN_KEYS),
+        }
+    )
+    _check_schedule(train, values, where, problems)
+    return train
+
+
+def _check_schedule(train: TrainSection, values: Values, where: str, problems: list[Problem]) -> None:
+    if train.lr_scheduler == "polynomial" and train.learning_rate <= train.lr_end:
+        message = f"is {train.lr_end:g}, not below learning_rate {train.learning_rate:g}; the rate could not fall."
+        problems.append(Problem(f"{where}.lr_end", message))
+    if train.lr_scheduler != "polynomial":
+        message = f"has no effect with lr_scheduler {train.lr_scheduler}; remove it."
+        problems.extend(Problem(f"{where}.{name}", message) for name in ("lr_end", "lr_power") if name in values)
+    if train.max_train_steps and train.lr_warmup_steps > train.max_train_steps:
+        message = f"is {train.lr_warmup_steps}, above max_train_steps {train.max_train_steps}."
+        problems.append(Problem(f"{where}.lr_warmup_steps", message))
+    for name in ("adam_beta1", "adam_beta2"):
+        if values.number(name, 0.0) >= 1:
+            problems.append(Problem(f"{where}.{name}", "is 1; expected a number below 1."))
+
+
+def _evaluate(base: Base, data: Data, where: str, cwd: Path, problems: list[Problem]) -> EvaluateSection:
+    values = base.values
+    held_out = tuple(entry.source.id for entry in data.of("eval"))
+    chosen = values.text("eval_dataset_id")
+    if chosen and chosen not in held_out:
+        known = ", ".join(held_out) or "none"
+        message = f"is {chosen!r}; expected the id of an entry with dataset_type eval (there are: {known})."
+        problems.append(Problem(f"{where}.eval_dataset_id", message))
+    clip = values.text("evaluation_type") == "clip"
+    if not clip and "pretrained_evaluation_model_name_or_path" in values:
+        message = "would not be used; set evaluation_type to clip."
+        problems.append(Problem(f"{where}.pretrained_evaluation_model_name_or_path", message))
+    prompts = read_prompts(values, where, cwd, problems)
+    if clip and not prompts:
+        message = "is clip, which scores validation pictures; set validation_prompt or user_prompt_library."
+        problems.append(Problem(f"{where}.evaluation_type", message))
+    resolutions = read_resolutions(values, where, base.outline, problems)
+    names = {
+        "guidance": "validation_guidance",
+        "num_inference_steps": "validation_num_inference_steps",
+        "negative_prompt": "validation_negative_prompt",
+    }
+    seed = {"seed": values.integer("validation_seed", values.integer("seed", 42))}
+    return EvaluateSection.model_validate(
+        {
+            "model": base.model,
+            "model_type": base.model_type,
+            "eval_datasets": () if values.flag("eval_loss_disable") else (chosen,) if chosen else held_out,
+            "prompts": prompts,
+            **({"resolutions": resolutions} if resolutions else {}),
+            "judge": values.text("pretrained_evaluation_model_name_or_path", DEFAULT_JUDGE) if clip else "",
+            "instruction": base.instruction,
+            "max_length": values.integer("tokenizer_max_length", 0),
+            "flow": base.flow,
+            **seed,
+            **{field: values.get(key) for field, key in names.items() if key in values},
+            **values.pick(
+                "num_eval_images", "eval_timesteps", "num_validation_images", "evaluation_type", "mixed_precision"
+            ),
+        }
+    )
+
+
+def _push(base: Base, train: TrainSection, where: str, problems: list[Problem]) -> PushSection:
+    values = base.values
+    name = values.text("hub_model_id").removeprefix("https://huggingface.co/").strip("/")
+    if name and not _HUB_ID.fullmatch(name):
+        problems.append(Problem(f"{where}.hub_model_id", f"is {name!r}; expected namespace/name."))
+    if values.flag("push_to_hub") and not name:
+        problems.append(Problem(f"{where}.hub_model_id", "is missing; push_to_hub needs namespace/name."))
+    return PushSection(
+        model=base.model,
+        model_type=base.model_type,
+        push_to_hub=values.flag("push_to_hub"),
+        hub_model_id=name,
+        private=values.flag("model_card_private", True),
+        safe_for_work=values.flag("model_card_safe_for_work"),
+        note=values.text("model_card_note"),
+        training=train.to_json(),
+    )

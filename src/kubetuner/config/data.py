@@ -1,0 +1,283 @@
+"""``multidatabackend.json``: its entries, and the checks between them."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kubetuner.config.data_keys import PICTURE_SCHEMA, TEXT_SCHEMA
+from kubetuner.config.keys import Values, plain_name, read
+from kubetuner.config.sections import DatasetGeometry, DatasetSampling, DatasetSource, Geometry
+from kubetuner.errors import Problem
+
+_ALIGNMENTS = (8, 16, 24, 32, 64)
+_SIZES = ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size")
+# SimpleTuner's bounds against mixed-up units, but 16 instead of its 512 pixels: small pictures are legitimate here.
+_MOST_MEGAPIXELS = {
+    "resolution": 20.0,
+    "minimum_image_size": 5.0,
+    "maximum_image_size": 20.0,
+    "target_downsample_size": 20.0,
+}
+_FEWEST_PIXELS = 16
+
+
+@dataclass(frozen=True)
+class PictureData:
+    """One enabled entry that holds pictures.
+
+    Attributes:
+        where: File and index, for messages.
+    """
+
+    where: str
+    source: DatasetSource
+    geometry: DatasetGeometry
+    sampling: DatasetSampling
+
+
+@dataclass(frozen=True)
+class Data:
+    """All enabled entries.
+
+    Attributes:
+        notes: What was accepted and has no effect here.
+    """
+
+    pictures: tuple[PictureData, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def of(self, dataset_type: Literal["image", "eval"]) -> tuple[PictureData, ...]:
+        """Entries of one role."""
+        return tuple(entry for entry in self.pictures if entry.source.dataset_type == dataset_type)
+
+
+@dataclass
+class _Seen:
+    """What entries must not share."""
+
+    ids: dict[str, str] = field(default_factory=dict)
+    cache_dirs: dict[str, str] = field(default_factory=dict)
+    text_ids: set[str] = field(default_factory=set)
+    default_text: str = ""
+    references: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_data(
+    entries: Sequence[object], run: Values, file: str, problems: list[Problem], *, facts: Mapping[str, str]
+) -> Data:
+    """Read every entry; what is wrong is appended to ``problems``.
+
+    Args:
+        entries: The JSON list.
+        run: Values of ``config.json``, whose data keys are the entries' defaults.
+        file: Name of the data file for messages.
+        problems: Receives one entry per fault.
+        facts: ``model_type``, ``model_family`` and ``output_dir``, for ``{placeholders}`` and checks.
+    """
+    seen = _Seen()
+    pictures = []
+    for index, entry in enumerate(entries):
+        where = f"{file}[{index}]"
+        if not isinstance(entry, Mapping):
+            problems.append(Problem(where, f"is a {type(entry).__name__}; expected an object."))
+            continue
+        fields = _fill({str(name): value for name, value in entry.items()}, facts)
+        kind = next((value for name, value in fields.items() if plain_name(name) == "dataset_type"), None)
+        schema = TEXT_SCHEMA if kind == "text_embeds" else PICTURE_SCHEMA
+        faults: list[Problem] = []
+        values = read(fields, schema, where, faults)
+        if values.flag("disabled"):
+            continue
+        problems.extend(faults)
+        _check_id(values, where, seen, problems)
+        seen.notes.extend(f"{where}.{note}" for note in values.notes)
+        if kind == "text_embeds":
+            _read_texts(values, where, seen, problems)
+        elif (picture := _read_pictures(values, run, where, seen, problems, facts=facts)) is not None:
+            pictures.append(picture)
+    for where, name in seen.references:
+        if name not in seen.text_ids:
+            problems.append(Problem(where, f"names {name!r}, but no entry with dataset_type text_embeds has that id."))
+    data = Data(tuple(pictures), tuple(seen.notes))
+    if not data.of("image") and not problems:
+        problems.append(Problem(file, "has no enabled entry with dataset_type image; there is nothing to train on."))
+    return data
+
+
+def _fill(entry: dict[str, object], facts: Mapping[str, str]) -> dict[str, object]:
+    """Replace ``{model_family}``, ``{output_dir}`` and ``{id}`` in strings."""
+    names = {**facts, "id": str(entry.get("id", ""))}
+
+    def filled(value: object) -> object:
+        if isinstance(value, str):
+            for name, text in names.items():
+                value = value.replace("{" + name + "}", text) if isinstance(value, str) else value
+        return value
+
+    return {name: filled(value) for name, value in entry.items()}
+
+
+def _check_id(values: Values, where: str, seen: _Seen, problems: list[Problem]) -> None:
+    name = values.text("id")
+    if not name or "/" in name or name != name.strip():
+        if "id" in values or not any(problem.where == f"{where}.id" for problem in problems):
+            message = f"is {name!r}; expected a name without slashes, unique in the file."
+            problems.append(Problem(f"{where}.id", message if "id" in values else "is missing; every entry needs one."))
+    elif name in seen.ids:
+        problems.append(Problem(f"{where}.id", f"is {name!r}, as in {seen.ids[name]}; ids must differ."))
+    else:
+        seen.ids[name] = where
+
+
+def _read_texts(values: Values, where: str, seen: _Seen, problems: list[Problem]) -> None:
+    seen.text_ids.add(values.text("id"))
+    if values.flag("default"):
+        if seen.default_text:
+            problems.append(
+                Problem(f"{where}.default", f"is true, as in {seen.default_text}; one entry is the default.")
+            )
+        seen.default_text = where
+    _check_cache_dir(values, "cache_dir", where, seen, problems)
+
+
+def _check_cache_dir(values: Values, key: str, where: str, seen: _Seen, problems: list[Problem]) -> None:
+    folder = values.text(key)
+    if not folder:
+        return
+    seen.notes.append(f"{where}.`{key}`: caches are artifacts, kept by content in the store")
+    folder = os.path.normpath(folder)
+    if folder in seen.cache_dirs:
+        message = f"is {folder!r}, as in {seen.cache_dirs[folder]}; give every entry a cache folder of its own."
+        problems.append(Problem(f"{where}.{key}", message))
+    else:
+        seen.cache_dirs[folder] = f"{where}.{key}"
+
+
+def _read_pictures(
+    values: Values, run: Values, where: str, seen: _Seen, problems: list[Problem], *, facts: Mapping[str, str]
+) -> PictureData | None:
+    before = len(problems)
+    _check_cache_dir(values, "cache_dir_vae", where, seen, problems)
+    if "text_embeds" in values:
+        seen.references.append((f"{where}.text_embeds", values.text("text_embeds")))
+    if not values.text("instance_data_dir"):
+        problems.append(Problem(f"{where}.instance_data_dir", "is missing; expected the folder of the pictures."))
+    _check_captions(values, run, where, problems)
+    _check_role(values, where, seen, problems, facts=facts)
+    geometry = _geometry(values, run, where, problems)
+    if len(problems) > before or not values.text("id"):
+        return None
+    name = values.text("id")
+    captions = values if "instance_prompt" in values else run
+    source = DatasetSource.model_validate(
+        {
+            **run.pick("caption_strategy"),
+            **values.pick(
+                "id",
+                "dataset_type",
+                "instance_data_dir",
+                "caption_strategy",
+                "prepend_instance_prompt",
+                "only_instance_prompt",
+            ),
+            "instance_prompt": captions.texts("instance_prompt"),
+        }
+    )
+    return PictureData(
+        where,
+        source,
+        DatasetGeometry(id=name, geometry=geometry),
+        DatasetSampling.model_validate(values.pick("id", "repeats", "probability")),
+    )
+
+
+def _check_captions(values: Values, run: Values, where: str, problems: list[Problem]) -> None:
+    strategy = values.text("caption_strategy") or run.text("caption_strategy")
+    prompts = values.texts("instance_prompt") or run.texts("instance_prompt")
+    wants = [
+        reason
+        for reason, true in (
+            ("caption_strategy instanceprompt", strategy == "instanceprompt"),
+            ("prepend_instance_prompt", values.flag("prepend_instance_prompt")),
+            ("only_instance_prompt", values.flag("only_instance_prompt")),
+        )
+        if true
+    ]
+    if wants and not any(prompts):
+        problems.append(Problem(f"{where}.instance_prompt", f"is missing or empty; {wants[0]} needs a prompt."))
+    if "instance_prompt" in values and not wants:
+        message = "would not be used; set caption_strategy to instanceprompt or prepend_instance_prompt to true."
+        problems.append(Problem(f"{where}.instance_prompt", message))
+
+
+def _check_role(values: Values, where: str, seen: _Seen, problems: list[Problem], *, facts: Mapping[str, str]) -> None:
+    held_out = values.text("dataset_type") == "eval"
+    if held_out and values.integer("repeats", 0) > 0:
+        problems.append(Problem(f"{where}.repeats", "has no meaning with dataset_type eval; remove it."))
+    if held_out and "probability" in values:
+        problems.append(Problem(f"{where}.probability", "has no meaning with dataset_type eval; remove it."))
+    if not values.flag("is_regularisation_data"):
+        return
+    if facts.get("model_type") == "lora":
+        message = "is true; regularisation of a LoRA is not available yet; set it to false or disable the dataset."
+        problems.append(Problem(f"{where}.is_regularisation_data", message))
+    else:
+        reason = "has no effect on a full fine-tune: the dataset is trained on like any other"
+        seen.notes.append(f"{where}.`is_regularisation_data`: {reason}")
+
+
+def _geometry(values: Values, run: Values, where: str, problems: list[Problem]) -> Geometry:
+    before = len(problems)
+    names = ("resolution", "resolution_type", "aspect_bucket_alignment", "aspect_bucket_rounding", *_SIZES[1:])
+    both = Values({name: values.get(name) if name in values else run.get(name) for name in names})
+    unit = both.text("resolution_type", "pixel_area")
+    if unit == "area" and both.get("resolution") is None:
+        problems.append(Problem(f"{where}.resolution", "is missing; with resolution_type area it is in megapixels."))
+    for name in _SIZES:
+        size = both.number(name, -1.0)
+        if size >= 0 and (fault := _size_fault(name, size, unit)):
+            problems.append(Problem(f"{where}.{name}", fault))
+    alignment = both.integer("aspect_bucket_alignment", 64)
+    if alignment not in _ALIGNMENTS:
+        problems.append(Problem(f"{where}.aspect_bucket_alignment", f"is {alignment}; expected one of {_ALIGNMENTS}."))
+    if len(problems) == before:  # sizes in mixed-up units cannot be compared
+        _check_maximum(values, both, where, problems)
+    chosen = {name: both.get(name) for name in names if both.get(name) is not None}
+    return Geometry.model_validate({**chosen, **values.pick("crop", "crop_style", "crop_aspect")})
+
+
+def _size_fault(name: str, size: float, unit: str) -> str:
+    if unit == "area":
+        most = _MOST_MEGAPIXELS[name]
+        too_large = size >= most if name != "minimum_image_size" else size > most
+        if too_large:
+            return f"is {size:g} megapixels, which looks like pixels: use pixel_area, or less than {most:g}."
+        return ""
+    if unit == "pixel_area" and size != int(size):
+        return f"is {size:g}; with resolution_type pixel_area it is a whole number of pixels (for megapixels use area)."
+    if name == "minimum_image_size" and size == 0:
+        return ""
+    if size < _FEWEST_PIXELS:
+        return (
+            f"is {size:g} pixels; that looks like megapixels: use resolution_type area, or at least {_FEWEST_PIXELS}."
+        )
+    return ""
+
+
+def _check_maximum(values: Values, both: Values, where: str, problems: list[Problem]) -> None:
+    if both.get("maximum_image_size") is None:
+        if values.get("target_downsample_size") is not None:
+            problems.append(
+                Problem(f"{where}.target_downsample_size", "needs maximum_image_size; set both or neither.")
+            )
+        return
+    target = both.get("target_downsample_size")
+    if target is None:
+        problems.append(Problem(f"{where}.maximum_image_size", "needs target_downsample_size; set both or neither."))
+    elif both.number("target_downsample_size", 0) < both.number("resolution", 0):
+        message = "is smaller than resolution; pictures would be shrunk below the size they are cropped to."
+        problems.append(Problem(f"{where}.target_downsample_size", message))
+    elif both.number("maximum_image_size", 0) < both.number("minimum_image_size", 0):
+        problems.append(Problem(f"{where}.maximum_image_size", "is smaller than minimum_image_size; no picture fits."))

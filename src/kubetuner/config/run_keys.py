@@ -1,0 +1,161 @@
+"""The keys of ``config.json`` that are used; see :mod:`kubetuner.config.later_keys` for the others SimpleTuner has.
+
+Defaults are the sections' own. Where they differ from SimpleTuner's:
+
+* ``optimizer`` is ``torch-adamw``: SimpleTuner's ``adamw_bf16`` trains weights held in bfloat16 and makes up for it
+  with stochastic rounding, so it cannot be compared with a float32 run; plain AdamW on float32 weights can.
+* ``grad_clip_method`` is ``norm``: clipping by value bends the gradient's direction.
+* ``max_grad_norm`` is 0.01 for PixArt only while it is not set; a set value is used as it stands.
+* ``num_train_epochs`` is 1 only while ``max_train_steps`` is not set.
+* ``seed`` is 42, so that two runs agree; ``validation_resolution`` is 1024x1024; the negative prompt is empty.
+"""
+
+from kubetuner.config.keys import Alias, Key, Rule, Schema, Unneeded, one_of
+from kubetuner.config.later_keys import FOREIGN, LATER, OPTIMIZERS
+
+MODEL_RULES: dict[str, Rule] = {
+    "model_type": Key("str", one_of("full", "lora"), nullable=False),
+    "model_family": Key("str", one_of("pixart_sigma", "sdxl", "sana"), nullable=False),
+    "model_flavour": Key("str"),
+    "pretrained_model_name_or_path": Key("str"),
+    "pretrained_vae_model_name_or_path": Key("str"),
+    "revision": Key("str"),
+    "variant": Key("str"),
+    "lora_type": Key("str", one_of("standard"), later=frozenset({"lycoris"})),
+    "lora_rank": Key("int", low=1),
+    "lora_alpha": Key("float", above=0),
+    "lora_dropout": Key("float", low=0, high=1),
+    "lora_init_type": Key("str", one_of("default", "gaussian"), later=frozenset({"loftq", "olora", "pissa"})),
+    "peft_lora_target_modules": Key("texts"),
+    "gradient_checkpointing": Key("bool"),
+    "flow_schedule_shift": Key("float", above=0),
+    "flow_sigmoid_scale": Key("float", above=0),
+    "flow_use_uniform_schedule": Key("bool"),
+    "sana_complex_human_instruction": Key("texts"),
+    "tokenizer_max_length": Key("int", low=1),
+    "vae_dtype": Key("str", {"bf16": "bf16", "fp32": "fp32"}, later=frozenset({"fp16"})),
+    "vae_batch_size": Key("int", low=1),
+    "text_encoder_batch_size": Key("int", low=1),
+}
+
+TRAIN_RULES: dict[str, Rule] = {
+    "max_train_steps": Key("int", low=0),
+    "num_train_epochs": Key("int", low=0),
+    "train_batch_size": Key("int", low=1),
+    "gradient_accumulation_steps": Key("int", low=1),
+    "mixed_precision": Key("str", one_of("no", "bf16"), later=frozenset({"fp16", "fp8"})),
+    "optimizer": Key("str", {"torch-adamw": "torch-adamw", "adamw": "torch-adamw"}, later=OPTIMIZERS),
+    "adam_beta1": Key("float", low=0, high=1),
+    "adam_beta2": Key("float", low=0, high=1),
+    "adam_weight_decay": Key("float", low=0),
+    "adam_epsilon": Key("float", above=0),
+    "learning_rate": Key("float", above=0),
+    "lr_scheduler": Key(
+        "str",
+        one_of("constant", "constant_with_warmup", "linear", "cosine", "polynomial"),
+        later=frozenset({"cosine_with_restarts", "sine"}),
+    ),
+    "lr_warmup_steps": Key("int", low=0),
+    "lr_end": Key("float", low=0),
+    "lr_power": Key("float", above=0),
+    "max_grad_norm": Key("float", low=0),
+    "grad_clip_method": Key("str", one_of("norm", "value")),
+    "caption_dropout_probability": Key("float", low=0, high=1),
+    "disable_segmented_timestep_sampling": Key("bool"),
+    "seed": Key("int", low=0),
+    "checkpoint_step_interval": Key("int", low=0),
+    "checkpoints_total_limit": Key("int", low=1),
+    "resume_from_checkpoint": Key("str"),
+    "log_step_interval": Key("int", low=1),
+    "data_backend_sampling": Key("str", one_of("auto-weighting", "uniform")),
+}
+
+EVALUATE_RULES: dict[str, Rule] = {
+    "validation_resolution": Key("pick"),
+    "validation_guidance": Key("float", low=0),
+    "validation_num_inference_steps": Key("int", low=1),
+    "validation_prompt": Key("str"),
+    "validation_negative_prompt": Key("str"),
+    "validation_seed": Key("int", low=0),
+    "user_prompt_library": Key("prompts"),
+    "num_validation_images": Key("int", low=1),
+    "evaluation_type": Key("str", one_of("none", "clip")),
+    "pretrained_evaluation_model_name_or_path": Key("str"),
+    "num_eval_images": Key("int", low=1),
+    "eval_timesteps": Key("int", low=1),
+    "eval_dataset_id": Key("str"),
+    "eval_loss_disable": Key("bool"),
+}
+
+PUBLISH_RULES: dict[str, Rule] = {
+    "output_dir": Key("str"),
+    "push_to_hub": Key("bool"),
+    "hub_model_id": Key("str"),
+    "model_card_private": Key("bool"),
+    "model_card_safe_for_work": Key("bool"),
+    "model_card_note": Key("str"),
+    "report_to": Key(
+        "str",
+        one_of("none", "mlflow"),
+        later=frozenset({"wandb", "tensorboard", "swanlab", "comet_ml", "custom-tracker", "all", "simpletuner"}),
+    ),
+    "tracker_project_name": Key("str"),
+    "tracker_run_name": Key("str"),
+}
+
+DATA_RULES: dict[str, Rule] = {
+    "data_backend_config": Key("str"),
+    "resolution": Key("float", above=0),
+    "resolution_type": Key("str", one_of("pixel", "area", "pixel_area")),
+    "caption_strategy": Key("str", one_of("filename", "textfile", "instanceprompt")),
+    "instance_prompt": Key("texts"),
+    "minimum_image_size": Key("float", low=0),
+    "maximum_image_size": Key("float", above=0),
+    "target_downsample_size": Key("float", above=0),
+    "aspect_bucket_rounding": Key("int", low=1, high=9),
+    "aspect_bucket_alignment": Key("int", low=8, high=64),
+    "max_skipped_share": Key("float", low=0, high=1),
+    "cache_dir": Unneeded("str", "caches are artifacts, kept by content in the store"),
+    "cache_dir_vae": Unneeded("str", "caches are artifacts, kept by content in the store"),
+    "cache_dir_text": Unneeded("str", "caches are artifacts, kept by content in the store"),
+    "write_batch_size": Unneeded("int", "shards are written whole"),
+    "read_batch_size": Unneeded("int", "pictures are read as they are needed"),
+    "image_processing_batch_size": Unneeded("int", "pictures are prepared as they are needed"),
+    "max_workers": Unneeded("int", "the number of workers follows the processors"),
+    "metadata_update_interval": Unneeded("int", "listings are not kept between runs"),
+    "logging_dir": Unneeded("str", "metrics go to MLflow"),
+}
+
+
+def _bitfit(value: object) -> object:
+    return {True: "bitfit", False: "none"}.get(value, value) if isinstance(value, bool) else value
+
+
+ALIASES: dict[str, Alias] = {
+    "use_bitfit": Alias("layer_freeze_strategy", _bitfit),
+    **{
+        old: Alias(new)
+        for old, new in {
+            "use_gradient_checkpointing": "gradient_checkpointing",
+            "checkpointing_steps": "checkpoint_step_interval",
+            "checkpointing_limit": "checkpoints_total_limit",
+            "validation_steps": "validation_step_interval",
+            "model_name": "pretrained_model_name_or_path",
+            "model_flavor": "model_flavour",
+            "max_num_steps": "max_train_steps",
+            "num_epochs": "num_train_epochs",
+            "lr_schedule": "lr_scheduler",
+            "training_seed": "seed",
+            "dataloader_config": "data_backend_config",
+            "optimizer_beta1": "adam_beta1",
+            "optimizer_beta2": "adam_beta2",
+            "user_prompt_library_path": "user_prompt_library",
+            "lora_target_modules": "peft_lora_target_modules",
+        }.items()
+    },
+}
+
+RUN_SCHEMA = Schema(
+    rules={**LATER, **FOREIGN, **MODEL_RULES, **TRAIN_RULES, **EVALUATE_RULES, **PUBLISH_RULES, **DATA_RULES},
+    aliases=ALIASES,
+)

@@ -1,0 +1,103 @@
+"""What a run will take, in bytes; estimates that need no model to be loaded."""
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kubetuner.config.models import OUTLINES
+from kubetuner.config.sections import ModelRef, Sections
+from kubetuner.steps.plan_datasets import Measured
+
+# float32 weights, gradients and the two moments of AdamW.
+_FULL_BYTES = 16
+_BYTES = {"bf16": 2, "fp32": 4, "no": 4}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Sizes in bytes.
+
+    Attributes:
+        latents_bytes: Latents of all datasets.
+        text_embeds_bytes: At most; captions that agree are stored once and padding is trimmed.
+        parameters: Of the denoiser.
+        training_memory_bytes: Weights, gradients and optimizer state; activations come on top.
+    """
+
+    latents_bytes: int
+    text_embeds_bytes: int
+    parameters: int
+    training_memory_bytes: int
+
+
+def estimate(sections: Sections, measured: Sequence[Measured]) -> Costs:
+    """The costs of a run over the measured datasets."""
+    model = sections.train.model
+    factor, channels = vae_shape(model)
+    floats = sum(
+        channels * (width // factor) * (height // factor)
+        for one in measured
+        for sizes in one.buckets.values()
+        for width, height in sizes
+    )
+    texts = sum(one.samples for one in measured) + 1
+    parameters = _parameters(model)
+    if sections.train.model_type == "full":
+        memory = parameters * _FULL_BYTES
+    else:
+        memory = parameters * _BYTES[sections.train.mixed_precision]
+    return Costs(
+        latents_bytes=floats * _BYTES[sections.cache_vae.dtype],
+        text_embeds_bytes=texts * _text_floats(model) * _BYTES[sections.cache_text_embeds.dtype],
+        parameters=parameters,
+        training_memory_bytes=memory,
+    )
+
+
+def vae_shape(model: ModelRef) -> tuple[int, int]:
+    """Pixels per latent along an edge, and channels: from the folder's VAE, or else the family's."""
+    outline = OUTLINES[model.family]
+    folder = Path(model.vae_path) if model.vae_path else Path(model.path) / "vae"
+    config = _json(folder / "config.json")
+    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    channels = config.get("latent_channels")
+    if isinstance(levels, list) and levels and isinstance(channels, int):
+        return int(2 ** (len(levels) - 1)), channels
+    return outline.vae_factor, outline.latent_channels
+
+
+def _text_floats(model: ModelRef) -> int:
+    outline = OUTLINES[model.family]
+    config = _json(Path(model.path) / outline.denoiser / "config.json")
+    width = config.get("caption_channels") or config.get("cross_attention_dim")
+    published = 2048 if model.family == "sdxl" else 4096 if model.family == "pixart_sigma" else 2304
+    return outline.text_floats * width // published if isinstance(width, int) else outline.text_floats
+
+
+def _parameters(model: ModelRef) -> int:
+    outline = OUTLINES[model.family]
+    files = sorted((Path(model.path) / outline.denoiser).glob("*.safetensors"))
+    chosen = [path for path in files if f".{model.variant}." in path.name] if model.variant else files
+    if chosen:
+        return sum(_count(path) for path in chosen)
+    name = model.path.lower()
+    return int(next(billions for part, billions in outline.parameters.items() if part in name) * 1e9)
+
+
+def _count(path: Path) -> int:
+    """Numbers in a safetensors file, from its header."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+
+
+def _json(path: Path) -> dict[str, object]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,115 @@
+"""The plan as a Markdown page."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from kubetuner.config.load import RunConfig
+from kubetuner.config.sections import Sections
+from kubetuner.steps.plan_costs import Costs
+from kubetuner.steps.plan_datasets import Measured, kept_buckets
+
+_NAMED = 10
+
+
+def page(run: RunConfig, sections: Sections, measured: Sequence[Measured], epoch: int, costs: Costs) -> str:
+    """The whole page."""
+    blocks = [
+        "# Plan",
+        _model(sections, epoch, costs),
+        _datasets(sections, measured),
+        _buckets(sections, measured),
+        _skipped(measured),
+        _evaluation(sections),
+        _notes(run),
+    ]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def amount(count: int) -> str:
+    """Bytes for a person."""
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def _model(sections: Sections, epoch: int, costs: Costs) -> str:
+    train = sections.train
+    steps = train.max_train_steps or train.num_train_epochs * epoch
+    batch = train.train_batch_size * train.gradient_accumulation_steps
+    kind = f"LoRA of rank {train.lora.rank}" if train.lora else "full fine-tune"
+    rows = [
+        ("model", f"`{train.model.path}` ({train.model.family})"),
+        ("revision", f"`{train.model.revision[:12] or 'newest'}`"),
+        ("training", f"{kind}, {costs.parameters / 1e6:.1f} million weights in the denoiser"),
+        ("steps", f"{steps} of {batch} pictures; {epoch} per epoch, {steps / epoch:.1f} epochs"),
+        ("learning rate", f"{train.learning_rate:g}, {train.lr_scheduler}, {train.lr_warmup_steps} warm-up steps"),
+        ("latents", amount(costs.latents_bytes)),
+        ("text embeddings", f"at most {amount(costs.text_embeds_bytes)}"),
+        ("memory", f"{amount(costs.training_memory_bytes)} for weights and optimizer; activations come on top"),
+    ]
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows)
+
+
+def _datasets(sections: Sections, measured: Sequence[Measured]) -> str:
+    lines = ["## Datasets", "", "| id | role | pictures | skipped | buckets | repeats | per epoch | captions |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for one in measured:
+        drawn = sum(kept_buckets(one, sections.train).values()) if one.trained_on else 0
+        cells = (
+            one.id,
+            "trained on" if one.trained_on else "held out",
+            one.samples,
+            len(one.skipped),
+            len(one.buckets),
+            one.entry.sampling.repeats,
+            drawn or "-",
+            one.entry.source.caption_strategy,
+        )
+        lines.append("| " + " | ".join(_cell(str(cell)) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _buckets(sections: Sections, measured: Sequence[Measured]) -> str:
+    lines = ["## Buckets", "", "| dataset | bucket | size | pictures | |", "|---|---|---|---|---|"]
+    for one in measured:
+        kept = kept_buckets(one, sections.train)
+        for name, sizes in sorted(one.buckets.items(), key=lambda item: float(item[0])):
+            shapes = ", ".join(f"{width}x{height}" for width, height in Counter(sizes))
+            remark = "" if name in kept or not one.trained_on else "left out: fills no batch"
+            lines.append(f"| {_cell(one.id)} | {name} | {shapes} | {len(sizes)} | {remark} |")
+    return "\n".join(lines)
+
+
+def _skipped(measured: Sequence[Measured]) -> str:
+    names = [(one.id, name, reason) for one in measured for name, reason in one.skipped]
+    if not names:
+        return ""
+    lines = ["## Skipped pictures", "", *(f"- `{owner}/{name}`: {reason}" for owner, name, reason in names[:_NAMED])]
+    if len(names) > _NAMED:
+        lines.append(f"- and {len(names) - _NAMED} more")
+    return "\n".join(lines)
+
+
+def _evaluation(sections: Sections) -> str:
+    evaluate = sections.evaluate
+    pictures = len(evaluate.prompts) * len(evaluate.resolutions) * evaluate.num_validation_images
+    sizes = ", ".join(f"{width}x{height}" for width, height in evaluate.resolutions)
+    held_out = ", ".join(evaluate.eval_datasets) or "none"
+    score = f"`{evaluate.judge}`" if evaluate.judge else "none"
+    return (
+        f"## Evaluation\n\nValidation pictures: {pictures} ({len(evaluate.prompts)} prompts, {sizes}). "
+        f"Held-out loss over: {held_out}. CLIP score by: {score}."
+    )
+
+
+def _notes(run: RunConfig) -> str:
+    if not run.notes:
+        return ""
+    return "## Accepted without effect\n\n" + "\n".join(f"- {note}" for note in run.notes)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,113 @@
+import os
+
+import pytest
+from PIL import Image
+
+from kubetuner.errors import ConfigError
+from kubetuner.steps.plan import make_plan
+
+CONFIG = {"model_type": "full", "model_family": "pixart_sigma", "train_batch_size": 2, "max_train_steps": 10}
+
+
+def pictures(folder, *sizes):
+    folder.mkdir(parents=True)
+    for index, size in enumerate(sizes):
+        Image.new("RGB", size).save(folder / f"picture_{index}.png")
+    return folder
+
+
+def entry(name="a", **more):
+    return {"id": name, "instance_data_dir": name, "resolution": 128, **more}
+
+
+def refusal(config, data, cwd):
+    with pytest.raises(ConfigError) as caught:
+        make_plan(config, data, cwd=cwd)
+    return {problem.where: problem.message for problem in caught.value.problems}
+
+
+def test_counts_and_revisions(tmp_path) -> None:
+    pictures(tmp_path / "a", (128, 128), (200, 200), (256, 128), (256, 128), (256, 128))
+    pictures(tmp_path / "held", (128, 128))
+    data = [entry(), entry("held", dataset_type="eval")]
+    plan = make_plan(CONFIG, data, cwd=tmp_path)
+    assert plan.summary["samples"] == {"a": 5, "held": 1}
+    assert plan.summary["steps_per_epoch"] == 2
+    assert plan.summary["epochs"] == 5
+    squares, wide = 3 * 16 * 16, 3 * (192 // 8) * (64 // 8)
+    assert plan.summary["latents_bytes"] == 4 * 4 * (squares + wide)
+    source = plan.sections.download.datasets[0]
+    assert source.instance_data_dir == str(tmp_path / "a")
+    assert len(source.revision) == 64
+    assert "| a | trained on | 5 | 0 | 2 |" in plan.markdown
+    assert make_plan(CONFIG, data, cwd=tmp_path).sections == plan.sections
+    os.utime(tmp_path / "a" / "picture_0.png", (1, 1))
+    assert make_plan(CONFIG, data, cwd=tmp_path).sections.download.datasets[0].revision != source.revision
+
+
+def test_missing_folders_are_all_listed(tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    found = refusal(CONFIG, [entry("x"), entry("y"), entry("empty")], tmp_path)
+    assert list(found) == [f"multidatabackend.json[{index}].instance_data_dir" for index in range(3)]
+    assert str(tmp_path / "x") in found["multidatabackend.json[0].instance_data_dir"]
+
+
+def test_too_few_for_a_batch(tmp_path) -> None:
+    pictures(tmp_path / "a", (128, 128), (128, 128), (256, 128))
+    config = {**CONFIG, "train_batch_size": 4, "gradient_accumulation_steps": 2}
+    message = refusal(config, [entry()], tmp_path)["multidatabackend.json[0].repeats"]
+    assert "4 x gradient_accumulation_steps 2 = 8" in message
+    assert "2 x (0 + 1) = 2, needs repeats 3" in message
+    assert "set repeats to 3, or train_batch_size to 1" in message
+    assert make_plan(config, [entry(repeats=3)], cwd=tmp_path).summary["steps_per_epoch"] == 2
+    assert make_plan({**config, "train_batch_size": 1}, [entry()], cwd=tmp_path).summary["steps_per_epoch"] == 2
+
+
+def test_all_too_small_unreadable_and_turned(tmp_path) -> None:
+    folder = pictures(tmp_path / "a", (64, 64))
+    (folder / "broken.png").write_bytes(b"no picture")
+    found = refusal(CONFIG, [entry(minimum_image_size=128)], tmp_path)
+    assert "none of its 2 pictures is usable" in found["multidatabackend.json[0]"]
+    turned = pictures(tmp_path / "b", (64, 64))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("p", "q"):
+        Image.new("RGB", (256, 128)).save(turned / f"{name}.jpg", exif=exif)
+    plan = make_plan(CONFIG, [entry("b")], cwd=tmp_path)
+    assert plan.run.data.pictures
+    assert plan.summary["buckets"] == {"b": {"1.0": 1, "0.33": 2}}
+    assert "left out: fills no batch" in plan.markdown
+
+
+def test_missing_captions_are_listed(tmp_path) -> None:
+    folder = pictures(tmp_path / "a", *[(128, 128)] * 8)
+    (folder / "picture_0.txt").write_text("x")
+    found = refusal(CONFIG, [entry(caption_strategy="textfile")], tmp_path)
+    assert "7 of 8" in found["multidatabackend.json[0].caption_strategy"]
+    assert "and 2 more" in found["multidatabackend.json[0].caption_strategy"]
+
+
+def test_model_folders(tmp_path) -> None:
+    pictures(tmp_path / "a", *[(128, 128)] * 2)
+    base = tmp_path / "base"
+    base.mkdir()
+    config = {**CONFIG, "pretrained_model_name_or_path": "base"}
+    assert "model_index.json" in refusal(config, [entry()], tmp_path)["config.json.pretrained_model_name_or_path"]
+    (base / "model_index.json").write_text("{}")
+    model = make_plan(config, [entry()], cwd=tmp_path).sections.train.model
+    assert (model.path, len(model.revision)) == (str(base), 64)
+    (base / "model_index.json").write_text("{ }")
+    plan = make_plan(config, [entry()], cwd=tmp_path)
+    assert plan.sections.evaluate.model == plan.sections.train.model
+    assert plan.sections.train.model.revision != model.revision
+    assert plan.sections.train.model.revision in plan.sections.push.training
+    absent = {**CONFIG, "pretrained_model_name_or_path": "./absent"}
+    assert "not a folder" in refusal(absent, [entry()], tmp_path)["config.json.pretrained_model_name_or_path"]
+    hub = make_plan({**CONFIG, "revision": "abc"}, [entry()], cwd=tmp_path).sections.train.model
+    assert (hub.path, hub.revision) == ("terminusresearch/pixart-900m-1024-ft-v0.6", "abc")
+
+
+def test_alignment_fits_the_autoencoder(tmp_path) -> None:
+    pictures(tmp_path / "a", *[(128, 128)] * 2)
+    found = refusal({**CONFIG, "model_family": "sana"}, [entry(aspect_bucket_alignment=8)], tmp_path)
+    assert "multiple of 32" in found["multidatabackend.json[0].aspect_bucket_alignment"]
