@@ -1,0 +1,113 @@
+"""The protocol of a model family: the verbs that caching, training and evaluation need.
+
+Tensors travel by name in plain dictionaries; the family alone knows the names. ``[B, C, h, w]`` are latents,
+``[B, 3, H, W]`` pixels in -1..1.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kubetuner.artifacts import LatentRow
+from kubetuner.config.sections import CacheTextSection, EvaluateSection, FlowSchedule, LoraSettings, ModelRef
+from kubetuner.diffusion.process import NoiseProcess
+
+Named = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FamilyFacts:
+    """What is constant about a family.
+
+    Attributes:
+        name: ``model_family``.
+        denoiser: Subfolder and pipeline attribute of the trained model: ``transformer`` or ``unet``.
+        lora_targets: Default ``target_modules``.
+        text_tensors: Names of the cached text tensors of one caption.
+        trims_text: Whether cached sequences are trimmed to their mask (not for CLIP).
+        license: Hub licence id for the model card.
+        pipeline: diffusers class name of the pipeline, for cards and messages.
+    """
+
+    name: str
+    denoiser: str
+    lora_targets: tuple[str, ...]
+    text_tensors: tuple[str, ...]
+    trims_text: bool
+    license: str
+    pipeline: str
+
+
+class Family(Protocol):
+    """One model family; stateless."""
+
+    facts: FamilyFacts
+
+    def load_vae(self, ref: ModelRef, device: torch.device) -> nn.Module:
+        """The frozen autoencoder in eval mode, float32."""
+        ...
+
+    def encode_pixels(self, vae: nn.Module, pixels: Tensor, noise: Tensor | None) -> Tensor:
+        """Scaled latents float32 ``[B, C, h, w]`` of ``pixels``; ``noise`` of that shape samples the posterior (KL)."""
+        ...
+
+    def latent_shape(self, vae: nn.Module, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a picture of that many pixels."""
+        ...
+
+    def load_text_encoders(self, ref: ModelRef, device: torch.device) -> Any:
+        """Tokenizers and frozen text encoders; opaque to callers."""
+        ...
+
+    def encode_texts(self, encoders: Any, texts: Sequence[str], section: CacheTextSection) -> list[Named]:
+        """Per text its tensors without a batch dimension, trimmed where ``facts.trims_text``; CPU, float32."""
+        ...
+
+    def load_denoiser(self, ref: ModelRef, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The denoiser alone."""
+        ...
+
+    def noise_process(self, ref: ModelRef, flow: FlowSchedule, segmented: bool) -> NoiseProcess:
+        """The training noise process, from the base's scheduler config."""
+        ...
+
+    def collate(self, texts: Sequence[Named | None], null: Named, rows: Sequence[LatentRow]) -> Named:
+        """Batched conditioning, float32 on CPU.
+
+        ``None`` marks a dropped caption; ``null`` is what :meth:`encode_texts` gives for the empty text.
+        """
+        ...
+
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The prediction in the space of the process's target, ``[B, C, h, w]``."""
+        ...
+
+    def load_pipeline(self, ref: ModelRef, denoiser: nn.Module | None, device: torch.device) -> Any:
+        """The stock diffusers pipeline with ``denoiser`` (``None``: the base's) for pictures and for saving."""
+        ...
+
+    def draw(self, pipeline: Any, prompt: str, size: tuple[int, int], seed: int, section: EvaluateSection) -> Any:
+        """One PIL picture of ``size`` (width, height)."""
+        ...
+
+    def add_adapter(self, denoiser: nn.Module, settings: LoraSettings) -> nn.Module:
+        """The denoiser, in place, with a fresh LoRA that alone is trainable; float32 whatever the base's dtype.
+
+        Raises:
+            InputError: A target module names no layer.
+        """
+        ...
+
+    def save_adapter(self, folder: Path, denoiser: nn.Module) -> None:
+        """Write the LoRA so that stock diffusers (PEFT for PixArt) loads it, with its rank and alpha."""
+        ...
+
+    def load_adapter(self, denoiser: nn.Module, folder: Path) -> nn.Module:
+        """The denoiser with the saved LoRA applied."""
+        ...

@@ -1,0 +1,104 @@
+"""Loading single parts of a pretrained pipeline, from a folder or the hub."""
+
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from kubetuner.config.sections import ModelRef
+from kubetuner.diffusion.epsilon import EpsilonProcess
+from kubetuner.errors import InputError
+
+
+def hub_revision(ref: ModelRef) -> str | None:
+    """The revision to ask the hub for; a folder's revision is the hash of its contents and asks for nothing."""
+    return None if Path(ref.path).is_dir() else ref.revision or None
+
+
+def load_model(part: Any, ref: ModelRef, subfolder: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model in ``subfolder`` as class ``part``, in eval mode and ``dtype``, however it is stored."""
+    model = _from_pretrained(
+        part.from_pretrained, ref, subfolder, dtype=dtype, variant=ref.variant or None, revision=hub_revision(ref)
+    )
+    return cast(nn.Module, model.to(device).eval())
+
+
+def load_frozen(part: Any, ref: ModelRef, subfolder: str, device: torch.device) -> nn.Module:
+    """As :func:`load_model`, float32 and without gradients."""
+    return load_model(part, ref, subfolder, device, torch.float32).requires_grad_(False)
+
+
+def load_tokenizer(part: Any, ref: ModelRef, subfolder: str) -> Any:
+    """The tokenizer in ``subfolder``."""
+    return _from_pretrained(part.from_pretrained, ref, subfolder, revision=hub_revision(ref))
+
+
+def load_autoencoder(part: Any, ref: ModelRef, device: torch.device) -> nn.Module:
+    """The frozen float32 VAE: the pipeline's, or the one at ``vae_path`` (a VAE or a pipeline folder)."""
+    if ref.vae_path in ("", ref.path):
+        return load_frozen(part, ref, "vae", device)
+    other = ModelRef(family=ref.family, path=ref.vae_path)
+    subfolder = "vae" if (Path(ref.vae_path) / "vae" / "config.json").is_file() else ""
+    return load_frozen(part, other, subfolder, device)
+
+
+def load_parts(pipeline: Any, ref: ModelRef, parts: dict[str, nn.Module | None], device: torch.device) -> Any:
+    """The whole float32 pipeline, with ``parts`` in place of its own; a part that is ``None`` is loaded as usual."""
+    given = {name: part for name, part in parts.items() if part is not None}
+    loaded = _from_pretrained(
+        pipeline.from_pretrained,
+        ref,
+        "",
+        dtype=torch.float32,
+        variant=ref.variant or None,
+        revision=hub_revision(ref),
+        **given,
+    )
+    loaded.set_progress_bar_config(disable=True)
+    return loaded.to(device)
+
+
+def pipeline_setting(pipeline: Any, ref: ModelRef, name: str, default: bool) -> bool:
+    """A switch of ``model_index.json``."""
+    return bool(_from_pretrained(pipeline.load_config, ref, "", revision=hub_revision(ref)).get(name, default))
+
+
+def epsilon_process(ref: ModelRef, segmented: bool) -> EpsilonProcess:
+    """The noise process of the base's scheduler, whatever sampler it names: its betas and prediction type."""
+    from diffusers import DDPMScheduler
+
+    config = _from_pretrained(DDPMScheduler.load_config, ref, "scheduler", revision=hub_revision(ref))
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise InputError(
+            f"{ref.path}/scheduler: prediction_type is {prediction!r}; {ref.family} trains 'epsilon' or "
+            "'v_prediction'. Check that the model belongs to this model_family."
+        )
+    names = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "rescale_betas_zero_snr",
+    )
+    scheduler = DDPMScheduler(**{name: config[name] for name in names if name in config})
+    alphas: Tensor = scheduler.alphas_cumprod
+    return EpsilonProcess(alphas, segmented, cast(Literal["epsilon", "v_prediction"], prediction))
+
+
+def _from_pretrained(load: Any, ref: ModelRef, subfolder: str, **options: Any) -> Any:
+    """Call a diffusers or transformers loader; what it cannot find is the user's to put right."""
+    folder = Path(ref.path)
+    try:
+        # Some tokenizer classes make an empty tokenizer, without a word, of a folder that is not there.
+        if folder.is_dir() and not (folder / subfolder).is_dir():
+            raise FileNotFoundError(f"{folder} has no folder {subfolder}")
+        return load(ref.path, **({"subfolder": subfolder} if subfolder else {}), **options)
+    except (OSError, ValueError) as error:  # ValueError: a variant that the base does not have.
+        what = f"{subfolder} of {ref.path}" if subfolder else ref.path
+        raise InputError(
+            f"cannot load {what} (revision {ref.revision or 'newest'}, variant {ref.variant or 'none'}) for "
+            f"model_family {ref.family}: {error}. Check pretrained_model_name_or_path, revision and variant."
+        ) from error

@@ -1,0 +1,154 @@
+"""PixArt Sigma: T5 text, KL latents, epsilon prediction with a learned variance that is not trained."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kubetuner.artifacts import LatentRow
+from kubetuner.config.sections import CacheTextSection, EvaluateSection, FlowSchedule, LoraSettings, ModelRef
+from kubetuner.diffusion.epsilon import EpsilonProcess
+from kubetuner.families import loading, lora
+from kubetuner.families.autoencoders import encode_kl, kl_latent_shape
+from kubetuner.families.base import FamilyFacts, Named
+from kubetuner.families.pictures import drawing, starting_noise
+from kubetuner.families.text import TextEncoder, encode_at_length, pad_together
+
+MAX_TOKENS = 300
+
+
+class PixArtSigma:
+    """The PixArt Sigma family."""
+
+    facts = FamilyFacts(
+        name="pixart_sigma",
+        denoiser="transformer",
+        lora_targets=("to_k", "to_q", "to_v", "to_out.0"),
+        text_tensors=("embeds",),
+        trims_text=True,
+        license="openrail++",
+        pipeline="PixArtSigmaPipeline",
+    )
+
+    def load_vae(self, ref: ModelRef, device: torch.device) -> nn.Module:
+        """See :class:`~kubetuner.families.base.Family`."""
+        from diffusers import AutoencoderKL
+
+        return loading.load_autoencoder(AutoencoderKL, ref, device)
+
+    def encode_pixels(self, vae: nn.Module, pixels: Tensor, noise: Tensor | None) -> Tensor:
+        """See :class:`~kubetuner.families.base.Family`."""
+        return encode_kl(vae, pixels, noise)
+
+    def latent_shape(self, vae: nn.Module, height: int, width: int) -> tuple[int, int, int]:
+        """See :class:`~kubetuner.families.base.Family`."""
+        return kl_latent_shape(vae, height, width)
+
+    def load_text_encoders(self, ref: ModelRef, device: torch.device) -> TextEncoder:
+        """T5 and its tokenizer."""
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        tokenizer = loading.load_tokenizer(AutoTokenizer, ref, "tokenizer")
+        return TextEncoder(tokenizer, loading.load_frozen(T5EncoderModel, ref, "text_encoder", device))
+
+    def encode_texts(self, encoders: TextEncoder, texts: Sequence[str], section: CacheTextSection) -> list[Named]:
+        """T5's last hidden states of the cleaned texts, trimmed to their tokens: ``embeds`` ``[tokens, D]``."""
+        prepared = prepare(texts, section.clean_caption)
+        length = min(section.max_length or MAX_TOKENS, MAX_TOKENS)
+        states = encode_at_length(encoders, prepared, length, section.text_encoder_batch_size)
+        return [{"embeds": state} for state in states]
+
+    def load_denoiser(self, ref: ModelRef, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """See :class:`~kubetuner.families.base.Family`."""
+        from diffusers import PixArtTransformer2DModel
+
+        return loading.load_model(PixArtTransformer2DModel, ref, "transformer", device, dtype)
+
+    def noise_process(self, ref: ModelRef, flow: FlowSchedule, segmented: bool) -> EpsilonProcess:
+        """Epsilon over the base's betas; ``flow`` does not apply."""
+        return loading.epsilon_process(ref, segmented)
+
+    def collate(self, texts: Sequence[Named | None], null: Named, rows: Sequence[LatentRow]) -> Named:
+        """Padded text and its mask; the picture sizes (height, width), which only some PixArt models read."""
+        states, mask = pad_together([(null if text is None else text)["embeds"] for text in texts])
+        sizes = torch.tensor([[row.target_size[1], row.target_size[0]] for row in rows], dtype=torch.float32)
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask, "resolution": sizes}
+
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The first half of the output channels; the second half is the learned variance."""
+        size = conditioning.get("resolution") if getattr(denoiser, "use_additional_conditions", False) else None
+        added = {
+            "resolution": size,
+            "aspect_ratio": None if size is None else size[:, :1] / size[:, 1:],
+        }
+        output = denoiser(
+            noisy,
+            encoder_hidden_states=conditioning["encoder_hidden_states"],
+            encoder_attention_mask=conditioning["encoder_attention_mask"],
+            timestep=timesteps,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        prediction: Tensor = output[:, : noisy.shape[1]]
+        return prediction
+
+    def load_pipeline(self, ref: ModelRef, denoiser: nn.Module | None, device: torch.device) -> Any:
+        """See :class:`~kubetuner.families.base.Family`."""
+        from diffusers import PixArtSigmaPipeline
+
+        vae = self.load_vae(ref, device) if ref.vae_path else None
+        return loading.load_parts(PixArtSigmaPipeline, ref, {"transformer": denoiser, "vae": vae}, device)
+
+    def draw(self, pipeline: Any, prompt: str, size: tuple[int, int], seed: int, section: EvaluateSection) -> Any:
+        """See :class:`~kubetuner.families.base.Family`."""
+        with drawing(pipeline, section), _cleaning():
+            return pipeline(
+                prompt=prompt,
+                negative_prompt=section.negative_prompt,
+                width=size[0],
+                height=size[1],
+                guidance_scale=section.guidance,
+                num_inference_steps=section.num_inference_steps,
+                generator=starting_noise(seed),
+                max_sequence_length=min(section.max_length or MAX_TOKENS, MAX_TOKENS),
+                clean_caption=section.clean_caption,
+                use_resolution_binning=False,
+            ).images[0]
+
+    def add_adapter(self, denoiser: nn.Module, settings: LoraSettings) -> nn.Module:
+        """See :class:`~kubetuner.families.base.Family`."""
+        return lora.add_lora(denoiser, settings, self.facts.lora_targets)
+
+    def save_adapter(self, folder: Path, denoiser: nn.Module) -> None:
+        """A PEFT folder: diffusers has no LoRA loader for PixArt."""
+        lora.save_peft_folder(folder, denoiser)
+
+    def load_adapter(self, denoiser: nn.Module, folder: Path) -> nn.Module:
+        """See :class:`~kubetuner.families.base.Family`."""
+        return lora.load_peft_folder(denoiser, folder)
+
+
+def prepare(texts: Sequence[str], clean: bool) -> list[str]:
+    """Texts as T5 sees them: cleaned twice in DeepFloyd's manner (diffusers' own code), or lower-cased and stripped."""
+    from diffusers import PixArtSigmaPipeline
+
+    cleaner = object.__new__(PixArtSigmaPipeline)  # The cleaning methods use no state.
+    with _cleaning():
+        prepared: list[str] = cleaner._text_preprocessing(list(texts), clean_caption=clean)
+    return prepared
+
+
+@contextmanager
+def _cleaning() -> Iterator[None]:
+    """BeautifulSoup wonders whether a caption that looks like a file name or an address should have been opened."""
+    from bs4 import MarkupResemblesLocatorWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MarkupResemblesLocatorWarning)
+        yield

@@ -1,0 +1,133 @@
+"""Sana: Gemma text with an instruction, deep-compression latents, flow matching."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kubetuner.artifacts import LatentRow
+from kubetuner.config.sections import CacheTextSection, EvaluateSection, FlowSchedule, LoraSettings, ModelRef
+from kubetuner.diffusion.flow import FlowProcess
+from kubetuner.families import loading, lora
+from kubetuner.families.base import FamilyFacts, Named
+from kubetuner.families.pictures import drawing, starting_noise
+from kubetuner.families.text import TextEncoder, encode_at_length, pad_together
+
+MAX_TOKENS = 300
+
+
+class Sana:
+    """The Sana family."""
+
+    facts = FamilyFacts(
+        name="sana",
+        denoiser="transformer",
+        lora_targets=("to_k", "to_q", "to_v", "to_out.0"),
+        text_tensors=("embeds",),
+        trims_text=True,
+        license="other",
+        pipeline="SanaPipeline",
+    )
+
+    def load_vae(self, ref: ModelRef, device: torch.device) -> nn.Module:
+        """See :class:`~kubetuner.families.base.Family`."""
+        from diffusers import AutoencoderDC
+
+        return loading.load_autoencoder(AutoencoderDC, ref, device)
+
+    @torch.no_grad()
+    def encode_pixels(self, vae: Any, pixels: Tensor, noise: Tensor | None) -> Tensor:
+        """Deterministic, so ``noise`` is not used. SimpleTuner halves these latents before training; we do not."""
+        latents: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent * vae.config.scaling_factor
+        return latents.float()
+
+    def latent_shape(self, vae: Any, height: int, width: int) -> tuple[int, int, int]:
+        """See :class:`~kubetuner.families.base.Family`."""
+        factor = 2 ** (len(vae.config.encoder_block_out_channels) - 1)
+        return vae.config.latent_channels, height // factor, width // factor
+
+    def load_text_encoders(self, ref: ModelRef, device: torch.device) -> TextEncoder:
+        """Gemma 2 and its tokenizer."""
+        from transformers import AutoTokenizer, Gemma2Model
+
+        tokenizer = loading.load_tokenizer(AutoTokenizer, ref, "tokenizer")
+        return TextEncoder(tokenizer, loading.load_frozen(Gemma2Model, ref, "text_encoder", device))
+
+    def encode_texts(self, encoders: TextEncoder, texts: Sequence[str], section: CacheTextSection) -> list[Named]:
+        """Gemma's last hidden states of instruction and text: ``embeds`` ``[tokens, D]``.
+
+        Kept are the first position and those that the last ``max_length - 1`` of the padded sequence would hold, as
+        Sana's own pipeline keeps them; the rest of the instruction only lends its context.
+        """
+        length = min(section.max_length or MAX_TOKENS, MAX_TOKENS)
+        prepared = [section.instruction + text.lower().strip() for text in texts]
+        padded = length
+        if section.instruction:
+            padded += len(encoders.tokenizer.encode(section.instruction)) - 2
+        states = encode_at_length(encoders, prepared, padded, section.text_encoder_batch_size)
+        first_kept = padded - length + 1
+        return [{"embeds": torch.cat([state[:1], state[first_kept:]])} for state in states]
+
+    def load_denoiser(self, ref: ModelRef, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """See :class:`~kubetuner.families.base.Family`."""
+        from diffusers import SanaTransformer2DModel
+
+        return loading.load_model(SanaTransformer2DModel, ref, "transformer", device, dtype)
+
+    def noise_process(self, ref: ModelRef, flow: FlowSchedule, segmented: bool) -> FlowProcess:
+        """Flow matching with the density and shift of ``flow``; ``segmented`` does not apply."""
+        return FlowProcess(flow.density, flow.sigmoid_scale, flow.shift)
+
+    def collate(self, texts: Sequence[Named | None], null: Named, rows: Sequence[LatentRow]) -> Named:
+        """Padded text and its mask."""
+        states, mask = pad_together([(null if text is None else text)["embeds"] for text in texts])
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+    def predict(self, denoiser: Any, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """See :class:`~kubetuner.families.base.Family`."""
+        prediction: Tensor = denoiser(
+            noisy,
+            encoder_hidden_states=conditioning["encoder_hidden_states"],
+            encoder_attention_mask=conditioning["encoder_attention_mask"],
+            timestep=timesteps * denoiser.config.timestep_scale,
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def load_pipeline(self, ref: ModelRef, denoiser: nn.Module | None, device: torch.device) -> Any:
+        """See :class:`~kubetuner.families.base.Family`."""
+        from diffusers import SanaPipeline
+
+        vae = self.load_vae(ref, device) if ref.vae_path else None
+        return loading.load_parts(SanaPipeline, ref, {"transformer": denoiser, "vae": vae}, device)
+
+    def draw(self, pipeline: Any, prompt: str, size: tuple[int, int], seed: int, section: EvaluateSection) -> Any:
+        """See :class:`~kubetuner.families.base.Family`."""
+        with drawing(pipeline, section):
+            return pipeline(
+                prompt=prompt,
+                negative_prompt=section.negative_prompt,
+                width=size[0],
+                height=size[1],
+                guidance_scale=section.guidance,
+                num_inference_steps=section.num_inference_steps,
+                generator=starting_noise(seed),
+                max_sequence_length=min(section.max_length or MAX_TOKENS, MAX_TOKENS),
+                clean_caption=False,
+                use_resolution_binning=False,
+                complex_human_instruction=[section.instruction] if section.instruction else None,
+            ).images[0]
+
+    def add_adapter(self, denoiser: nn.Module, settings: LoraSettings) -> nn.Module:
+        """See :class:`~kubetuner.families.base.Family`."""
+        return lora.add_lora(denoiser, settings, self.facts.lora_targets)
+
+    def save_adapter(self, folder: Path, denoiser: nn.Module) -> None:
+        """``pytorch_lora_weights.safetensors`` for ``load_lora_weights``."""
+        lora.save_diffusers_file(folder, denoiser, "transformer")
+
+    def load_adapter(self, denoiser: nn.Module, folder: Path) -> nn.Module:
+        """See :class:`~kubetuner.families.base.Family`."""
+        return lora.load_diffusers_file(denoiser, folder, "transformer")

@@ -1,0 +1,180 @@
+"""Stable Diffusion XL: two CLIP text encoders, KL latents, epsilon prediction, size and crop conditioning."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kubetuner.artifacts import LatentRow
+from kubetuner.config.sections import CacheTextSection, EvaluateSection, FlowSchedule, LoraSettings, ModelRef
+from kubetuner.diffusion.epsilon import EpsilonProcess
+from kubetuner.families import loading, lora
+from kubetuner.families.autoencoders import encode_kl, kl_latent_shape
+from kubetuner.families.base import FamilyFacts, Named
+from kubetuner.families.pictures import drawing, starting_noise
+from kubetuner.families.text import TextEncoder, in_batches
+
+MAX_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class SdxlTextEncoders:
+    """CLIP-L and OpenCLIP-bigG.
+
+    Attributes:
+        first: CLIP-L.
+        second: OpenCLIP-bigG, whose projected output is the pooled embedding.
+        empty_is_zeros: The base's ``force_zeros_for_empty_prompt``: the empty text is all zeros.
+    """
+
+    first: TextEncoder
+    second: TextEncoder
+    empty_is_zeros: bool
+
+
+class Sdxl:
+    """The SDXL family."""
+
+    facts = FamilyFacts(
+        name="sdxl",
+        denoiser="unet",
+        lora_targets=("to_k", "to_q", "to_v", "to_out.0"),
+        text_tensors=("embeds", "pooled"),
+        trims_text=False,
+        license="openrail++",
+        pipeline="StableDiffusionXLPipeline",
+    )
+
+    def load_vae(self, ref: ModelRef, device: torch.device) -> nn.Module:
+        """See :class:`~kubetuner.families.base.Family`."""
+        from diffusers import AutoencoderKL
+
+        return loading.load_autoencoder(AutoencoderKL, ref, device)
+
+    def encode_pixels(self, vae: nn.Module, pixels: Tensor, noise: Tensor | None) -> Tensor:
+        """See :class:`~kubetuner.families.base.Family`."""
+        return encode_kl(vae, pixels, noise)
+
+    def latent_shape(self, vae: nn.Module, height: int, width: int) -> tuple[int, int, int]:
+        """See :class:`~kubetuner.families.base.Family`."""
+        return kl_latent_shape(vae, height, width)
+
+    def load_text_encoders(self, ref: ModelRef, device: torch.device) -> SdxlTextEncoders:
+        """Both CLIP text models and their tokenizers."""
+        from diffusers import StableDiffusionXLPipeline
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+        return SdxlTextEncoders(
+            TextEncoder(
+                loading.load_tokenizer(CLIPTokenizer, ref, "tokenizer"),
+                loading.load_frozen(CLIPTextModel, ref, "text_encoder", device),
+            ),
+            TextEncoder(
+                loading.load_tokenizer(CLIPTokenizer, ref, "tokenizer_2"),
+                loading.load_frozen(CLIPTextModelWithProjection, ref, "text_encoder_2", device),
+            ),
+            loading.pipeline_setting(StableDiffusionXLPipeline, ref, "force_zeros_for_empty_prompt", True),
+        )
+
+    def encode_texts(self, encoders: SdxlTextEncoders, texts: Sequence[str], section: CacheTextSection) -> list[Named]:
+        """``embeds`` ``[77, D1 + D2]`` (both penultimate layers) and ``pooled`` ``[D2]``.
+
+        The empty text is zeros where the base draws its unconditional pictures with zeros, so that a dropped caption
+        trains what guidance will use.
+        """
+        return in_batches(lambda some: _encode(encoders, some), texts, section.text_encoder_batch_size)
+
+    def load_denoiser(self, ref: ModelRef, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """See :class:`~kubetuner.families.base.Family`."""
+        from diffusers import UNet2DConditionModel
+
+        return loading.load_model(UNet2DConditionModel, ref, "unet", device, dtype)
+
+    def noise_process(self, ref: ModelRef, flow: FlowSchedule, segmented: bool) -> EpsilonProcess:
+        """Epsilon (or v) over the base's betas; ``flow`` does not apply."""
+        return loading.epsilon_process(ref, segmented)
+
+    def collate(self, texts: Sequence[Named | None], null: Named, rows: Sequence[LatentRow]) -> Named:
+        """Text, pooled text and time ids; a dropped caption has zero time ids too."""
+        chosen = [null if text is None else text for text in texts]
+        ids = [[0.0] * 6 if text is None else _time_ids(row) for text, row in zip(texts, rows, strict=True)]
+        return {
+            "encoder_hidden_states": torch.stack([text["embeds"].float() for text in chosen]),
+            "text_embeds": torch.stack([text["pooled"].float() for text in chosen]),
+            "time_ids": torch.tensor(ids),
+        }
+
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> Tensor:
+        """See :class:`~kubetuner.families.base.Family`."""
+        prediction: Tensor = denoiser(
+            noisy,
+            timesteps,
+            encoder_hidden_states=conditioning["encoder_hidden_states"],
+            added_cond_kwargs={"text_embeds": conditioning["text_embeds"], "time_ids": conditioning["time_ids"]},
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def load_pipeline(self, ref: ModelRef, denoiser: nn.Module | None, device: torch.device) -> Any:
+        """See :class:`~kubetuner.families.base.Family`."""
+        from diffusers import StableDiffusionXLPipeline
+
+        vae = self.load_vae(ref, device) if ref.vae_path else None
+        return loading.load_parts(StableDiffusionXLPipeline, ref, {"unet": denoiser, "vae": vae}, device)
+
+    def draw(self, pipeline: Any, prompt: str, size: tuple[int, int], seed: int, section: EvaluateSection) -> Any:
+        """See :class:`~kubetuner.families.base.Family`."""
+        with drawing(pipeline, section):
+            return pipeline(
+                prompt=prompt,
+                negative_prompt=section.negative_prompt or None,  # None lets the base put zeros for it.
+                width=size[0],
+                height=size[1],
+                guidance_scale=section.guidance,
+                num_inference_steps=section.num_inference_steps,
+                generator=starting_noise(seed),
+            ).images[0]
+
+    def add_adapter(self, denoiser: nn.Module, settings: LoraSettings) -> nn.Module:
+        """See :class:`~kubetuner.families.base.Family`."""
+        return lora.add_lora(denoiser, settings, self.facts.lora_targets)
+
+    def save_adapter(self, folder: Path, denoiser: nn.Module) -> None:
+        """``pytorch_lora_weights.safetensors`` for ``load_lora_weights``."""
+        lora.save_diffusers_file(folder, denoiser, "unet")
+
+    def load_adapter(self, denoiser: nn.Module, folder: Path) -> nn.Module:
+        """See :class:`~kubetuner.families.base.Family`."""
+        return lora.load_diffusers_file(denoiser, folder, "unet")
+
+
+@torch.no_grad()
+def _encode(encoders: SdxlTextEncoders, texts: Sequence[str]) -> list[Named]:
+    first, _ = _clip(encoders.first, texts)
+    second, pooled = _clip(encoders.second, texts)
+    embeds = torch.cat([first, second], dim=-1)
+    named: list[Named] = []
+    for row, text in enumerate(texts):
+        keep = 0.0 if encoders.empty_is_zeros and not text else 1.0
+        named.append({"embeds": embeds[row] * keep, "pooled": pooled[row] * keep})
+    return named
+
+
+def _clip(encoder: TextEncoder, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Penultimate hidden states ``[B, 77, D]`` and the first output, which is pooled for the second encoder."""
+    tokens = encoder.tokenizer(
+        list(texts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+    )
+    device = next(encoder.model.parameters()).device
+    output = encoder.model(tokens.input_ids.to(device), output_hidden_states=True)
+    return output.hidden_states[-2].float().cpu(), output[0].float().cpu()
+
+
+def _time_ids(row: LatentRow) -> list[float]:
+    (width, height), (top, left), (target_width, target_height) = row.intermediary_size, row.crop, row.target_size
+    return [float(value) for value in (height, width, top, left, target_height, target_width)]
