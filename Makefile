@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 FAMILY ?= sana
 OUT    ?= runs/demo
-RECIPE  = pipelines/recipes/demo/$(FAMILY)$(if $(FROM_SCRATCH),-from-scratch,)
+DEMO   := pipelines/recipes/demo
 
 ##@ Everyday
 .PHONY: help setup demo test check
@@ -24,6 +24,15 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
 	touch $@
 
+demo: $(READY)  ## Run the whole pipeline on tiny models here (FAMILY=sdxl|pixart_sigma|sana, FROM_SCRATCH=1)
+ifdef FROM_SCRATCH
+	$(BIN)/python -m pipelines.recipes.demo.random_base --family $(FAMILY) --out $(OUT)/base
+	$(BIN)/kubetuner run --config $(DEMO)/$(FAMILY).json --out $(OUT) --set pretrained_model_name_or_path=$(OUT)/base \
+	  --set model_type=full --set max_train_steps=2000 --set learning_rate=0.003
+else
+	$(BIN)/kubetuner run --config $(DEMO)/$(FAMILY).json --out $(OUT)
+endif
+
 test: $(READY)  ## Run the whole suite
 	$(BIN)/python -m pytest
 
@@ -34,7 +43,13 @@ check: $(READY)  ## Lint, types and layers
 	$(BIN)/lint-imports --no-cache
 
 ##@ Maintenance
-.PHONY: constraints
+.PHONY: bench compile constraints
+bench: $(READY)  ## Training steps per second against a bare loop, as ratios
+	$(BIN)/python -m bench.training_overhead
+
+compile: $(READY)  ## Write pipelines/compiled/finetune.yaml
+	$(BIN)/kubetuner compile --out pipelines/compiled/finetune.yaml
+
 constraints:  ## Pin the versions that are installed now
 	{ echo "# Every version that the suite was run with. 'make setup' installs exactly these; regenerate with 'make constraints'."; \
 	  $(BIN)/pip freeze --exclude-editable | grep -viE '^(pip|setuptools|wheel)==' | sed 's/+cpu//'; } > constraints.tmp

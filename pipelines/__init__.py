@@ -1,0 +1,1 @@
+"""The kfp pipeline, its local runner and recipes."""

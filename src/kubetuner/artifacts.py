@@ -2,7 +2,7 @@
 
 An artifact is a folder. Its payload is written first and ``artifact.json`` last, by rename: its presence
 means the folder is complete. Readers learn shapes, dtypes and file names from it and from nowhere else, refuse a
-schema version they do not know, and verify checksums. Rows that there are many of (samples, latents, captions) lie beside it as
+schema version they do not know, and verify checksums. Rows that there are many of lie beside it as
 JSON Lines, named and checksummed in ``artifact.json`` like every other payload file.
 """
 
@@ -280,7 +280,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, flush it to disk and rename it over ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")

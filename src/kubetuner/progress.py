@@ -63,5 +63,3 @@ class Progress:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
-
-

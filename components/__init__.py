@@ -1,0 +1,1 @@
+"""Kubeflow components: one folder each, a thin face on a function of ``kubetuner.steps``."""

@@ -1,0 +1,71 @@
+"""The fine-tuning pipeline: plan, download, cache latents and embeddings, train, evaluate, publish."""
+
+# mypy: disable-error-code="untyped-decorator, type-arg"
+import os
+from typing import NamedTuple
+
+from kfp import dsl
+
+from components.cache_text_embeds import cache_text_embeds
+from components.cache_vae import cache_vae
+from components.download_dataset import download_dataset
+from components.evaluate import evaluate
+from components.plan import plan
+from components.push_to_hub import push_to_hub
+from components.split import split
+from components.train import train
+
+ACCELERATOR = "nvidia.com/gpu"
+# Fixed when the pipeline is compiled: kfp 2.17 loses a limit that is a pipeline parameter inside ParallelFor.
+GPUS = os.environ.get("KUBETUNER_GPUS", "1")
+
+
+class Finetuned(NamedTuple):
+    """What the pipeline leaves behind."""
+
+    model: dsl.Model
+    evaluation: dsl.Artifact
+    published: dsl.Artifact
+
+
+@dsl.pipeline(name="kubetuner-finetune", description="Fine-tune a diffusion model from SimpleTuner's two JSON files.")
+def finetune(config: dict, data_backend_config: list, num_shards: int = 1) -> Finetuned:
+    """Fine-tune a diffusion model.
+
+    Args:
+        config: Contents of config.json.
+        data_backend_config: Contents of multidatabackend.json.
+        num_shards: Pods that share the work of each cache step.
+    """
+    planned = plan(config=config, data_backend_config=data_backend_config)
+    planned.set_caching_options(False)
+    sections = planned.outputs
+    pictures = download_dataset(section=sections["download"]).outputs["dataset"]
+    with dsl.ParallelFor(split(section=sections["cache_vae"], num_shards=num_shards).output) as part:
+        vae = cache_vae(part=part, dataset=pictures)
+        vae.set_accelerator_type(ACCELERATOR).set_accelerator_limit(GPUS)
+    with dsl.ParallelFor(split(section=sections["cache_text_embeds"], num_shards=num_shards).output) as part:
+        text = cache_text_embeds(part=part, dataset=pictures)
+        text.set_accelerator_type(ACCELERATOR).set_accelerator_limit(GPUS)
+    trained = train(
+        section=sections["train"],
+        latents=dsl.Collected(vae.outputs["latents"]),
+        text_embeds=dsl.Collected(text.outputs["text_embeds"]),
+    )
+    trained.set_accelerator_type(ACCELERATOR).set_accelerator_limit(GPUS)
+    judged = evaluate(
+        section=sections["evaluate"],
+        model=trained.outputs["model"],
+        latents=dsl.Collected(vae.outputs["latents"]),
+        text_embeds=dsl.Collected(text.outputs["text_embeds"]),
+    )
+    judged.set_accelerator_type(ACCELERATOR).set_accelerator_limit(GPUS)
+    pushed = push_to_hub(
+        section=sections["push"], model=trained.outputs["model"], evaluation=judged.outputs["evaluation"]
+    )
+    pushed.set_caching_options(False)
+    return Finetuned(
+        model=trained.outputs["model"],
+        evaluation=judged.outputs["evaluation"],
+        published=pushed.outputs["published"],
+    )

@@ -1,0 +1,147 @@
+"""``kubetuner run``: the pipeline on this machine, and what a person wants to see afterwards."""
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from kubetuner.artifacts import (
+    ARTIFACT_FILE,
+    AnyArtifact,
+    DatasetArtifact,
+    EvaluationArtifact,
+    LatentsArtifact,
+    ModelArtifact,
+    PublishedArtifact,
+    TextEmbedsArtifact,
+    read_artifact,
+)
+from kubetuner.cli.checkout import add_checkout_to_path
+from kubetuner.cli.inputs import read_inputs
+from kubetuner.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from pipelines.local import LocalRun
+
+_KINDS = (DatasetArtifact, LatentsArtifact, TextEmbedsArtifact, ModelArtifact, EvaluationArtifact, PublishedArtifact)
+# The helper that makes fan-out possible is of no interest to a person.
+_UNSEEN = frozenset({"split"})
+
+
+def run_pipeline(config_file: Path, data_file: Path | None, overrides: Sequence[str], out: Path) -> None:
+    """Check the input, run every step in a child process, and say what came out.
+
+    Raises:
+        InputError: The input is wrong; nothing was run.
+        StepError: A step failed.
+    """
+    from kubetuner.steps.plan import make_plan
+
+    root = add_checkout_to_path()
+    inputs = read_inputs(config_file, data_file, overrides)
+    make_plan(inputs.config, inputs.data, cwd=Path.cwd())
+    from pipelines.local import child_environment, run_local
+
+    out = out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    environment = child_environment(root, out)
+    arguments = {"config": inputs.config, "data_backend_config": inputs.data, "num_shards": 1}
+    done = run_local(_load_pipeline, arguments, out, environment, sys.stdout)
+    _finish(done, out, environment)
+
+
+def _load_pipeline() -> object:
+    from pipelines.finetune import finetune
+
+    return finetune
+
+
+def _finish(done: "LocalRun", out: Path, environment: Mapping[str, str]) -> None:
+    from kubetuner.evaluation.summary import write_summary
+
+    model, evaluation, published = (done.folders[name] for name in ("model", "evaluation", "published"))
+    pushed = read_artifact(published, PublishedArtifact)
+    report = out / "report.html"
+    shutil.copyfile(evaluation / "report.html", report)
+    if not pushed.commit:
+        _replace_folder(published / "hub" if (published / "hub").is_dir() else published, out / "hub")
+    tasks = {name: task for name, task in done.tasks.items() if name not in _UNSEEN}
+    summary = write_summary(
+        out,
+        model=model,
+        evaluation=evaluation,
+        seconds={name: task.seconds for name, task in tasks.items()},
+        cache_hits=sum(task.cached for task in tasks.values()),
+        pushed_to=pushed.url if pushed.commit else str(out / "hub"),
+    )
+    rows = [
+        (name, "-", "cache hit") if task.cached else (name, f"{task.seconds:.1f}", _made(done.artifacts, name))
+        for name, task in tasks.items()
+    ]
+    click.echo("\n" + _table(("step", "seconds", "what came out"), rows) + "\n")
+    click.echo(f"model      {model}")
+    click.echo(f"published  {pushed.url if pushed.commit else out / 'hub'}")
+    click.echo(f"report     open {_near(report)} in a browser")
+    click.echo(f"runs       mlflow ui --backend-store-uri {environment['MLFLOW_TRACKING_URI']}")
+    loss = summary.train_loss
+    click.echo(f"loss {loss.first:.4f} -> {loss.last:.4f} in {summary.steps} steps; report: {_near(report)}")
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+
+
+def _near(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def _made(artifacts: Path | None, step: str) -> str:
+    if artifacts is None:
+        return ""
+    folders = sorted(artifacts.glob(f"{step.replace('_', '-')}/*/{ARTIFACT_FILE}"))
+    return "; ".join(filter(None, (_describe(file.parent) for file in folders)))
+
+
+def _describe(folder: Path) -> str:
+    for kind in _KINDS:
+        try:
+            artifact = read_artifact(folder, kind)
+        except ArtifactError:
+            continue
+        return _in_words(artifact)  # type: ignore[arg-type]
+    return ""
+
+
+def _in_words(artifact: AnyArtifact) -> str:
+    match artifact:
+        case DatasetArtifact():
+            return f"{artifact.num_samples} pictures" + _skipped(len(artifact.skipped))
+        case LatentsArtifact():
+            new = f"{artifact.num_samples} latents ({artifact.encoded} encoded, {artifact.reused} reused)"
+            return new + _skipped(len(artifact.skipped))
+        case TextEmbedsArtifact():
+            return f"{artifact.num_texts} texts ({artifact.encoded} encoded, {artifact.reused} reused)"
+        case ModelArtifact():
+            loss = f"{artifact.first_loss:.4f} -> {artifact.last_loss:.4f}"
+            return f"{artifact.model_type} {artifact.family}, {artifact.steps} steps, loss {loss}"
+        case EvaluationArtifact():
+            before, after = artifact.eval_loss_before, artifact.eval_loss_after
+            losses = f", eval loss {before:.4f} -> {after:.4f}" if before is not None and after is not None else ""
+            return f"{len(artifact.images)} pictures before and after{losses}"
+        case PublishedArtifact():
+            return artifact.url if artifact.commit else "hub folder, not uploaded"
+
+
+def _skipped(count: int) -> str:
+    return f", {count} skipped" if count else ""
+
+
+def _table(head: tuple[str, str, str], rows: Sequence[tuple[str, str, str]]) -> str:
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(2)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in (head, *rows))

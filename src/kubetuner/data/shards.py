@@ -1,0 +1,50 @@
+"""Reading encoded samples: memory-mapped, in any order."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kubetuner.artifacts import ShardEntry
+from kubetuner.errors import ArtifactError
+from kubetuner.store import Store
+
+
+class ShardReader:
+    """Opens each shard of a store once and reads tensors of single samples from it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._open: dict[str, Any] = {}
+
+    def verify(self, shards: Sequence[ShardEntry]) -> None:
+        """Check every shard's checksum.
+
+        Raises:
+            ArtifactError: A shard is missing or damaged.
+        """
+        for shard in shards:
+            self._store.verify(shard)
+
+    def tensors(self, key: str, shard: str, names: Sequence[str]) -> dict[str, Tensor]:
+        """The tensors ``names`` of the sample ``key``, copied out of the shard, in their stored dtype.
+
+        Raises:
+            ArtifactError: The shard is missing or does not hold the sample.
+        """
+        handle = self._handle(shard)
+        try:
+            return {name: handle.get_tensor(f"{key}.{name}") for name in names}
+        except SafetensorError as error:
+            raise ArtifactError(
+                f"{self._store.path(shard)} holds no sample {key[:12]} ({error}); run the caches again"
+            ) from error
+
+    def _handle(self, shard: str) -> Any:
+        if shard not in self._open:
+            path = self._store.path(shard)
+            if not path.is_file():
+                raise ArtifactError(f"shard {path} is missing; run the step that caches it again")
+            self._open[shard] = safe_open(path, framework="pt")
+        return self._open[shard]

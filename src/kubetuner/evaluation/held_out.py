@@ -1,0 +1,119 @@
+"""The held-out samples that the evaluation loss is measured on: latents with the embedding of their first caption."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from kubetuner.artifacts import (
+    CaptionRow,
+    LatentRow,
+    LatentsArtifact,
+    TextEmbedsArtifact,
+    TextRow,
+    read_artifact,
+    read_rows,
+)
+from kubetuner.config.sections import EvaluateSection
+from kubetuner.data.shards import ShardReader
+from kubetuner.errors import ArtifactError
+from kubetuner.families.base import Named
+from kubetuner.store import resolve_store
+
+
+@dataclass(frozen=True)
+class HeldOutSample:
+    """One held-out picture, encoded.
+
+    Attributes:
+        row: Where it comes from and its geometry.
+        latents: float32 ``[C, h, w]``.
+        text: Tensors of its first caption, floating ones as float32.
+    """
+
+    row: LatentRow
+    latents: Tensor
+    text: Named
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """All held-out samples and the embedding of the empty text."""
+
+    samples: tuple[HeldOutSample, ...]
+    null: Named
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Which texts a sample has and where each text's embedding is."""
+
+    captions: dict[str, tuple[str, ...]]
+    places: dict[str, tuple[ShardReader, TextRow]]
+
+    def tensors(self, text: str, names: Sequence[str]) -> Named:
+        if text not in self.places:
+            raise ArtifactError(f"no embedding of {text!r} in the text embeds; run cache_text_embeds again")
+        reader, row = self.places[text]
+        tensors = reader.tensors(row.key, row.shard, names)
+        return {name: _single(tensor) for name, tensor in tensors.items()}
+
+
+def read_held_out(
+    section: EvaluateSection, latents: Sequence[Path], text_embeds: Sequence[Path], text_tensors: Sequence[str]
+) -> HeldOut | None:
+    """Up to ``num_eval_images`` samples of each of ``eval_datasets``; ``None`` when there are none.
+
+    Samples are chosen by the hash of their id: the same ones in every run, spread over the dataset.
+
+    Raises:
+        ArtifactError: A sample has no caption, or a caption no embedding.
+    """
+    places = [(reader, row) for reader, row in _latent_rows(latents) if row.dataset in section.eval_datasets]
+    chosen: list[tuple[ShardReader, LatentRow]] = []
+    for dataset in dict.fromkeys(section.eval_datasets):
+        ranked = sorted((p for p in places if p[1].dataset == dataset), key=lambda p: _rank(p[1].sample))
+        chosen.extend(ranked[: section.num_eval_images])
+    if not chosen:
+        return None
+    texts = _read_texts(text_embeds)
+    samples = []
+    for reader, row in chosen:
+        if not texts.captions.get(row.sample):
+            raise ArtifactError(
+                f"{row.sample} has latents and no caption in the text embeds; were both made of one dataset?"
+            )
+        tensor = reader.tensors(row.key, row.shard, ["latents"])["latents"]
+        text = texts.tensors(texts.captions[row.sample][0], text_tensors)
+        samples.append(HeldOutSample(row, _single(tensor), text))
+    return HeldOut(tuple(samples), texts.tensors("", text_tensors))
+
+
+def _latent_rows(folders: Sequence[Path]) -> Iterator[tuple[ShardReader, LatentRow]]:
+    for folder in folders:
+        read_artifact(folder, LatentsArtifact)
+        reader = ShardReader(resolve_store(folder))
+        for row in read_rows(folder, "latents.jsonl", LatentRow):
+            yield reader, row
+
+
+def _read_texts(folders: Sequence[Path]) -> _Texts:
+    texts = _Texts({}, {})
+    for folder in folders:
+        read_artifact(folder, TextEmbedsArtifact)
+        reader = ShardReader(resolve_store(folder))
+        for caption in read_rows(folder, "captions.jsonl", CaptionRow):
+            texts.captions[caption.sample] = caption.texts
+        for row in read_rows(folder, "texts.jsonl", TextRow):
+            texts.places[row.text] = (reader, row)
+    return texts
+
+
+def _rank(sample: str) -> str:
+    return hashlib.sha256(sample.encode()).hexdigest()
+
+
+def _single(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor

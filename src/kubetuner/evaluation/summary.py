@@ -1,0 +1,120 @@
+"""``summary.json``: what a run did and what came of it, for scripts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from kubetuner.artifacts import EvaluationArtifact, ModelArtifact, Record, read_artifact, write_atomically
+
+SUMMARY_FILE = "summary.json"
+
+
+class TrainLoss(Record):
+    """Training loss of the first and the last logged step."""
+
+    first: float
+    last: float
+
+
+class EvalLossPair(Record):
+    """Evaluation loss of the base and of the trained model; ``None`` without held-out data."""
+
+    before: float | None
+    after: float | None
+
+
+class SummaryImage(Record):
+    """One prompt's pictures; paths are relative to the summary's folder where they lie below it."""
+
+    prompt: str
+    seed: int
+    before: str
+    after: str
+
+
+class RunSummary(Record):
+    """What a run did and what came of it.
+
+    Attributes:
+        family: ``pixart_sigma``, ``sdxl`` or ``sana``.
+        model_type: ``full`` or ``lora``.
+        steps: Optimizer steps.
+        train_loss: Training loss.
+        eval_loss: Fixed-noise evaluation loss.
+        images: Pictures before and after.
+        seconds: Wall seconds per step, by step name.
+        cache_hits: Steps whose result was taken from the cache.
+        mlflow_run_id: The train step's run, empty when not tracked.
+        model_path: Folder of the model artifact.
+        pushed_to: URL or folder the model was published to, empty when it was not.
+    """
+
+    family: str
+    model_type: str
+    steps: int
+    train_loss: TrainLoss
+    eval_loss: EvalLossPair
+    images: tuple[SummaryImage, ...]
+    seconds: dict[str, float]
+    cache_hits: int
+    mlflow_run_id: str
+    model_path: str
+    pushed_to: str
+
+
+def write_summary(
+    out_dir: Path,
+    *,
+    model: Path,
+    evaluation: Path,
+    seconds: Mapping[str, float],
+    cache_hits: int = 0,
+    pushed_to: str = "",
+) -> RunSummary:
+    """Write ``out_dir/summary.json`` from the run's artifacts.
+
+    Args:
+        out_dir: Where to write.
+        model: Folder of the model artifact.
+        evaluation: Folder of the evaluation artifact.
+        seconds: Wall seconds per step.
+        cache_hits: Steps whose result was taken from the cache.
+        pushed_to: Where the model was published.
+
+    Raises:
+        ArtifactError: One of the two artifacts is missing or of another kind.
+    """
+    trained = read_artifact(model, ModelArtifact)
+    evaluated = read_artifact(evaluation, EvaluationArtifact)
+    summary = RunSummary(
+        family=trained.family,
+        model_type=trained.model_type,
+        steps=trained.steps,
+        train_loss=TrainLoss(first=trained.first_loss, last=trained.last_loss),
+        eval_loss=EvalLossPair(before=evaluated.eval_loss_before, after=evaluated.eval_loss_after),
+        images=tuple(
+            SummaryImage(
+                prompt=image.prompt,
+                seed=image.seed,
+                before=_shown(evaluation / image.before, out_dir),
+                after=_shown(evaluation / image.after, out_dir),
+            )
+            for image in evaluated.images
+        ),
+        seconds={name: round(value, 3) for name, value in seconds.items()},
+        cache_hits=cache_hits,
+        mlflow_run_id=trained.mlflow_run_id,
+        model_path=_shown(model, out_dir),
+        pushed_to=pushed_to,
+    )
+    text = summary.model_dump_json(indent=2) + "\n"
+
+    def fill(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(out_dir / SUMMARY_FILE, fill)
+    return summary
+
+
+def _shown(path: Path, out_dir: Path) -> str:
+    whole, base = path.resolve(), out_dir.resolve()
+    return whole.relative_to(base).as_posix() if whole.is_relative_to(base) else str(whole)

@@ -1,0 +1,119 @@
+"""The ``cache_text_embeds`` step: captions of a dataset artifact in, text embeddings out."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kubetuner.artifacts import (
+    CaptionRow,
+    DatasetArtifact,
+    Sample,
+    ShardEntry,
+    TensorSpec,
+    TextEmbedsArtifact,
+    TextRow,
+    fingerprint,
+    list_files,
+    read_artifact,
+    read_rows,
+    write_artifact,
+    write_rows,
+)
+from kubetuner.config.sections import CacheTextSection
+from kubetuner.progress import Progress
+from kubetuner.store import Store, resolve_store
+
+logger = logging.getLogger(__name__)
+
+TEXTS_FILE = "texts.jsonl"
+CAPTIONS_FILE = "captions.jsonl"
+# A shard is written, and so survives a kill, after this many encoded texts.
+TEXTS_PER_SHARD = 512
+
+
+def cache_text_embeds(
+    section: CacheTextSection, dataset: Path, out: Path, *, shard: int = 0, num_shards: int = 1
+) -> TextEmbedsArtifact:
+    """Encode the captions of the samples ``shard``, ``shard + num_shards``, … that the store does not know yet.
+
+    The empty text is always among them: it stands for a dropped caption.
+
+    Raises:
+        ArtifactError: ``dataset`` is incomplete or damaged.
+    """
+    source = read_artifact(dataset, DatasetArtifact)
+    store = resolve_store(out)
+    captions = [
+        CaptionRow(sample=sample.id, texts=sample.captions)
+        for index, sample in enumerate(read_rows(dataset, "samples.jsonl", Sample))
+        if index % num_shards == shard
+    ]
+    keys = {text: _key(section, text) for text in ["", *(text for row in captions for text in row.texts)]}
+    namespace = f"text-{fingerprint(section.deciding())[:16]}"
+    known = store.known(namespace)
+    missing = [text for text, key in keys.items() if key not in known]
+    _encode(section, store, namespace, {text: keys[text] for text in missing})
+    known = store.known(namespace)
+    logger.info("text embeddings: %d reused, %d encoded", len(keys) - len(missing), len(missing))
+    rows = [TextRow(text=text, key=key, shard=known[key].file) for text, key in keys.items()]
+    return _write(section, source, out, captions, rows, len(missing), known, (shard, num_shards))
+
+
+def _key(section: CacheTextSection, text: str) -> str:
+    return fingerprint(text, section.deciding())
+
+
+def _encode(section: CacheTextSection, store: Store, namespace: str, missing: Mapping[str, str]) -> None:
+    """Encode the texts of ``missing`` (text → key) into the store, similar lengths together."""
+    if not missing:
+        return
+    import torch
+
+    from kubetuner.families import load_family
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    family = load_family(section.model.family)
+    encoders = family.load_text_encoders(section.model, device)
+    dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32
+    texts = sorted(missing, key=lambda text: (len(text), text))
+    with Progress("cache_text_embeds", len(texts), "texts") as progress, torch.inference_mode():
+        for start in range(0, len(texts), TEXTS_PER_SHARD):
+            ready = {}
+            for first in range(start, min(start + TEXTS_PER_SHARD, len(texts)), section.text_encoder_batch_size):
+                last = min(first + section.text_encoder_batch_size, start + TEXTS_PER_SHARD)
+                batch = texts[first:last]
+                for text, tensors in zip(batch, family.encode_texts(encoders, batch, section), strict=True):
+                    ready[missing[text]] = {name: tensor.to(dtype).clone() for name, tensor in tensors.items()}
+                progress.advance(len(batch))
+            store.write_shard(namespace, ready)
+
+
+def _write(
+    section: CacheTextSection,
+    source: DatasetArtifact,
+    out: Path,
+    captions: Sequence[CaptionRow],
+    rows: Sequence[TextRow],
+    encoded: int,
+    known: Mapping[str, ShardEntry],
+    part: tuple[int, int],
+) -> TextEmbedsArtifact:
+    from kubetuner.families import load_family
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_rows(out, CAPTIONS_FILE, captions)
+    write_rows(out, TEXTS_FILE, rows)
+    shards = {known[row.key].file: known[row.key] for row in rows}
+    names = load_family(section.model.family).facts.text_tensors
+    artifact = TextEmbedsArtifact(
+        fingerprint=fingerprint(section.deciding(), source.fingerprint, part),
+        parents=(source.fingerprint,),
+        files=list_files(out),
+        num_texts=len(rows),
+        encoded=encoded,
+        reused=len(rows) - encoded,
+        tensors={name: TensorSpec(dtype=section.dtype, shape=(None,)) for name in names},
+        shards=tuple(shards[file] for file in sorted(shards)),
+    )
+    write_artifact(out, artifact)
+    return artifact

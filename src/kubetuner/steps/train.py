@@ -1,0 +1,181 @@
+"""The ``train`` step: from cached latents and text embeddings to a trained model."""
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from kubetuner.artifacts import (
+    ARTIFACT_FILE,
+    FileEntry,
+    LatentsArtifact,
+    ModelArtifact,
+    TextEmbedsArtifact,
+    fingerprint,
+    list_files,
+    read_artifact,
+    sha256_of,
+    write_artifact,
+    write_rows,
+)
+from kubetuner.config.sections import TrainSection
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from kubetuner.families import Family
+    from kubetuner.tracking import Run
+    from kubetuner.training.loop import Job
+
+PIPELINE_FOLDER = "pipeline"
+_TRACKED_PARAMS = (
+    "model_type", "max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps",
+    "mixed_precision", "optimizer", "learning_rate", "lr_scheduler", "lr_warmup_steps", "max_grad_norm",
+    "grad_clip_method", "caption_dropout_probability", "seed",
+)  # fmt: skip
+
+
+def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[Path], out: Path) -> ModelArtifact:
+    """Train and save a pipeline (full, in ``out/pipeline``) or an adapter (lora, in ``out``).
+
+    Goes on from the latest complete checkpoint of the same settings and inputs. Checkpoints are in the folder
+    ``KUBETUNER_CHECKPOINTS``, or else in ``out/checkpoints``, and are removed when the model is complete.
+
+    Args:
+        section: What to train and how.
+        latents: Folders of the latents artifacts.
+        text_embeds: Folders of the text embeds artifacts.
+        out: Folder of the model artifact.
+
+    Raises:
+        ArtifactError: An input is missing or damaged.
+        TrainingError: A loss was not finite, a checkpoint cannot be used, or the saved adapter does not load.
+        TerminatedError: SIGTERM arrived; run again to resume.
+    """
+    from kubetuner.tracking import track
+    from kubetuner.training.checkpoints import LOSSES, Checkpoints
+    from kubetuner.training.loop import train_denoiser
+    from kubetuner.training.threads import limit_threads
+
+    limit_threads()
+    parents = [read_artifact(folder, LatentsArtifact).fingerprint for folder in latents]
+    parents += [read_artifact(folder, TextEmbedsArtifact).fingerprint for folder in text_embeds]
+    out.mkdir(parents=True, exist_ok=True)
+    # Where to resume from changes nothing in the result, so every such setting finds the same checkpoints.
+    deciding = {key: value for key, value in section.deciding().items() if key != "resume_from_checkpoint"}
+    key = fingerprint("train", deciding, *parents)
+    root = Path(os.environ.get("KUBETUNER_CHECKPOINTS") or out / "checkpoints")
+    checkpoints = Checkpoints(root, key, section.checkpoints_total_limit)
+    with track("train", _params(section)) as run:
+        job = _job(section, latents, text_embeds)
+        outcome = train_denoiser(job, checkpoints, run.log_metrics)
+        uri = _save(job, out, run)
+        write_rows(out, LOSSES, outcome.points)
+        artifact = ModelArtifact(
+            fingerprint=key,
+            parents=tuple(parents),
+            files=_files(out),
+            family=section.model.family,
+            model_type=section.model_type,
+            base_model=section.model.path,
+            base_revision=section.model.revision,
+            steps=outcome.steps,
+            first_loss=outcome.points[0].loss,
+            last_loss=outcome.points[-1].loss,
+            mlflow_model_uri=uri,
+            mlflow_run_id=run.run_id,
+        )
+    write_artifact(out, artifact)
+    checkpoints.remove()
+    return artifact
+
+
+def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[Path]) -> "Job":
+    """Load the denoiser and open the caches."""
+    import torch
+
+    from kubetuner.data.batches import Batches
+    from kubetuner.families import load_family
+    from kubetuner.training.loop import Job
+    from kubetuner.training.objective import Objective
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    family = load_family(section.model.family)
+    batches = Batches(section, latents, text_embeds, family.facts.text_tensors)
+    segmented = not section.disable_segmented_timestep_sampling
+    process = family.noise_process(section.model, section.flow, segmented)
+    bf16 = section.mixed_precision == "bf16"
+    return Job(
+        section=section,
+        denoiser=_denoiser(section, family, device),
+        objective=Objective(family, process, batches.null, section.seed, bf16),
+        batches=batches,
+        batches_per_epoch=batches.batches_per_epoch,
+        total_steps=_total_steps(section, batches.batches_per_epoch),
+        device=device,
+    )
+
+
+def _denoiser(section: TrainSection, family: "Family", device: "torch.device") -> "nn.Module":
+    """The network with its trainable parameters in float32; under a bf16 LoRA the frozen base is bf16."""
+    import torch
+
+    from kubetuner.training.randomness import derive_seed
+
+    bf16_base = section.lora is not None and section.mixed_precision == "bf16"
+    dtype = torch.bfloat16 if bf16_base else torch.float32
+    denoiser = family.load_denoiser(section.model, device, dtype)
+    if section.gradient_checkpointing:
+        cast(Any, denoiser).enable_gradient_checkpointing()
+    if section.lora is None:
+        return denoiser.requires_grad_(True)
+    torch.manual_seed(derive_seed(section.seed, "adapter", 0, 0))
+    return family.add_adapter(denoiser, section.lora)
+
+
+def _total_steps(section: TrainSection, batches_per_epoch: int) -> int:
+    """Optimizer steps; an epoch's last step may have batches of the next epoch."""
+    if section.max_train_steps > 0:
+        return section.max_train_steps
+    return section.num_train_epochs * math.ceil(batches_per_epoch / section.gradient_accumulation_steps)
+
+
+def _save(job: "Job", out: Path, run: "Run") -> str:
+    """Put the model into ``out`` and track it; returns its MLflow URI or an empty text."""
+    from kubetuner.training.saving import save_adapter, save_pipeline
+
+    name = f"{job.section.model.family}-{job.section.model_type}"
+    if job.section.model_type == "full":
+        return run.log_model(save_pipeline(job, out), name)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".adapter.") as folder:
+        save_adapter(job, Path(folder))
+        uri = run.log_model(Path(folder), name)
+        for path in Path(folder).iterdir():
+            path.replace(out / path.name)
+    return uri
+
+
+def _files(out: Path) -> tuple[FileEntry, ...]:
+    """The payload: files in ``out`` and the pipeline, but not the checkpoints."""
+    names = (path.name for path in out.iterdir() if path.is_file() and path.name != ARTIFACT_FILE)
+    top = (
+        FileEntry(path=name, bytes=(out / name).stat().st_size, sha256=sha256_of(out / name))
+        for name in sorted(names)
+        if not name.startswith(".")
+    )
+    nested = list_files(out / PIPELINE_FOLDER)
+    return (*top, *(entry.model_copy(update={"path": f"{PIPELINE_FOLDER}/{entry.path}"}) for entry in nested))
+
+
+def _params(section: TrainSection) -> dict[str, str]:
+    """What the tracked run shows of the settings, LoRA and base included."""
+    values = section.model_dump(mode="json", include=set(_TRACKED_PARAMS))
+    values |= {"model_family": section.model.family, "base_model": section.model.path}
+    if section.lora is not None:
+        values |= {f"lora_{name}": value for name, value in section.lora.model_dump(mode="json").items()}
+    return {name: str(value) for name, value in values.items()}

@@ -1,0 +1,1 @@
+"""The training loop; start reading in :mod:`kubetuner.training.loop`."""

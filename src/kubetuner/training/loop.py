@@ -1,0 +1,135 @@
+"""The training loop.
+
+One optimizer step is: for each micro-step draw a batch, noise it, ask the denoiser, score the answer, go backwards;
+then clip, set the learning rate, and step. Batches, noise and dropout depend on the seed and the step's number only
+(:mod:`kubetuner.training.randomness`), so weights, the optimizer's state and that number are all that a checkpoint
+needs, and a resumed run has the losses of an uninterrupted one bit for bit.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kubetuner.config.sections import TrainSection
+from kubetuner.errors import TrainingError
+from kubetuner.progress import Progress
+from kubetuner.training.checkpoints import Checkpoints, LossPoint, Snapshot
+from kubetuner.training.feed import Feed
+from kubetuner.training.interruption import StopRequest, TerminatedError
+from kubetuner.training.meter import Log, Meter, TakenStep
+from kubetuner.training.objective import BatchSource, Objective, Question
+from kubetuner.training.optimizers import clip_gradients, make_optimizer, set_learning_rate
+from kubetuner.training.randomness import seed_dropout
+from kubetuner.training.schedules import learning_rate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, on what, and for how long.
+
+    Attributes:
+        denoiser: The network on its device; the parameters that require gradients are trained.
+        batches_per_epoch: For the logged epoch number.
+        total_steps: Optimizer steps.
+    """
+
+    section: TrainSection
+    denoiser: nn.Module
+    objective: Objective
+    batches: BatchSource
+    batches_per_epoch: int
+    total_steps: int
+    device: torch.device
+
+    def question(self, step: int, micro: int) -> Question:
+        """The noised batch of one micro-step."""
+        return self.objective.question(self.batches.batch(step, micro), step, micro)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters being trained, by name."""
+        return {name: value for name, value in self.denoiser.named_parameters() if value.requires_grad}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training went: optimizer steps taken and what was logged, from the first step on."""
+
+    steps: int
+    points: tuple[LossPoint, ...]
+
+
+def train_denoiser(job: Job, checkpoints: Checkpoints, log: Log) -> Outcome:
+    """Train ``job.denoiser`` in place, from the latest checkpoint if there is one.
+
+    Raises:
+        TrainingError: The loss or gradient is not finite, or a named checkpoint cannot be used.
+        TerminatedError: SIGTERM arrived; a checkpoint was saved.
+    """
+    section, parameters = job.section, list(job.trained().values())
+    optimizer = make_optimizer(section, parameters)
+    start, points = _resume(job, optimizer, checkpoints)
+    steps = range(start, job.total_steps)
+    job.denoiser.train()
+    with (
+        StopRequest() as stop,
+        Progress("train", job.total_steps, "steps", initial=start) as progress,
+        Feed(job.question, steps, section.gradient_accumulation_steps, job.device) as feed,
+    ):
+        meter = Meter(section, log, progress, points)
+        for step in steps:
+            meter.add(_take_step(job, optimizer, parameters, feed, step))
+            if stop.received or _checkpoint_due(job, step + 1):
+                meter.finish()
+                checkpoints.save(Snapshot(step + 1, job.trained(), optimizer.state_dict(), tuple(meter.points)))
+            if stop.received and step + 1 < job.total_steps:
+                raise TerminatedError(
+                    f"stopped by SIGTERM after step {step + 1} of {job.total_steps}; "
+                    "a checkpoint was saved: run again to resume"
+                )
+    return Outcome(job.total_steps, tuple(meter.points))
+
+
+def _take_step(job: Job, optimizer: Optimizer, parameters: list[nn.Parameter], feed: Feed, step: int) -> TakenStep:
+    section, micro_steps = job.section, job.section.gradient_accumulation_steps
+    samples: list[str] = []
+    losses: list[Tensor] = []
+    for micro in range(micro_steps):
+        question = feed.next()
+        seed_dropout(section.seed, step, micro)
+        loss = job.objective.losses(job.denoiser, question)
+        (loss.mean() / micro_steps).backward()  # type: ignore[no-untyped-call]
+        samples.extend(question.samples)
+        losses.append(loss.detach())
+    size = clip_gradients(section, parameters)
+    rate = learning_rate(section, step, job.total_steps)
+    set_learning_rate(optimizer, rate)
+    optimizer.step()
+    optimizer.zero_grad()
+    epoch = (step + 1) * micro_steps / job.batches_per_epoch
+    return TakenStep(step + 1, rate, epoch, tuple(samples), torch.cat(losses), size)
+
+
+def _checkpoint_due(job: Job, taken: int) -> bool:
+    interval = job.section.checkpoint_step_interval
+    return taken == job.total_steps or (interval > 0 and taken % interval == 0)
+
+
+def _resume(job: Job, optimizer: Optimizer, checkpoints: Checkpoints) -> tuple[int, tuple[LossPoint, ...]]:
+    """Load the checkpoint that the section asks for; returns the steps taken and what they logged."""
+    snapshot = checkpoints.load(job.section.resume_from_checkpoint)
+    if snapshot is None:
+        return 0, ()
+    parameters = job.trained()
+    if parameters.keys() != snapshot.weights.keys():
+        raise TrainingError("the checkpoint holds other parameters than this run trains; delete it to start afresh")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(snapshot.weights[name])
+    optimizer.load_state_dict(dict(snapshot.optimizer))
+    logger.info("Resuming after step %d of %d", snapshot.step, job.total_steps)
+    return snapshot.step, snapshot.points

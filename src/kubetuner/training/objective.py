@@ -1,0 +1,107 @@
+"""From a batch to its loss: what is noised, how the denoiser is asked, and how its answer is scored."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kubetuner.artifacts import LatentRow
+from kubetuner.diffusion.process import NoiseProcess, NoisySample
+from kubetuner.families.base import Family, Named
+from kubetuner.training.randomness import generator
+
+
+class Batch(Protocol):
+    """What the loop reads of a batch: rows, latents ``[B, C, h, w]`` and one text, or ``None``, per row."""
+
+    @property
+    def rows(self) -> Sequence[LatentRow]:
+        """The samples."""
+        ...
+
+    @property
+    def latents(self) -> Tensor:
+        """Their latents."""
+        ...
+
+    @property
+    def texts(self) -> Sequence[Named | None]:
+        """Their captions' embeddings; ``None`` for a dropped caption."""
+        ...
+
+
+class BatchSource(Protocol):
+    """Batches by position alone, so that resuming needs no state."""
+
+    def batch(self, step: int, micro: int) -> Batch:
+        """The batch of an optimizer step's micro-step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """A noised batch on its way to the denoiser."""
+
+    samples: tuple[str, ...]
+    noisy: NoisySample
+    conditioning: Named
+
+    def on(self, device: torch.device) -> "Question":
+        """The same on ``device``; from pinned memory without waiting for the copy."""
+        noisy = NoisySample(*(_to(tensor, device) for tensor in _tensors(self.noisy)))
+        return Question(self.samples, noisy, {name: _to(tensor, device) for name, tensor in self.conditioning.items()})
+
+    def pinned(self) -> "Question":
+        """The same in page-locked memory."""
+        noisy = NoisySample(*(tensor.pin_memory() for tensor in _tensors(self.noisy)))
+        return Question(self.samples, noisy, {name: tensor.pin_memory() for name, tensor in self.conditioning.items()})
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A family's training objective.
+
+    Attributes:
+        null: Embedding of the empty text.
+        seed: Seed of noise and noise levels.
+    """
+
+    family: Family
+    process: NoiseProcess
+    null: Named
+    seed: int
+    mixed_precision: bool
+
+    def question(self, batch: Batch, step: int, micro: int) -> Question:
+        """Draw noise and levels for ``batch`` and noise it, on the CPU."""
+        latents = batch.latents.float()
+        noise = torch.randn(latents.shape, generator=generator(self.seed, "noise", step, micro))
+        levels = self.process.draw_levels(len(latents), generator(self.seed, "levels", step, micro))
+        conditioning = self.family.collate(batch.texts, self.null, batch.rows)
+        names = tuple(row.sample for row in batch.rows)
+        return Question(names, self.process.add_noise(latents, noise, levels), conditioning)
+
+    def answer(self, denoiser: nn.Module, question: Question) -> Tensor:
+        """The denoiser's prediction, float32."""
+        with self._autocast(question.noisy.noisy_latents.device):
+            noisy = question.noisy
+            prediction = self.family.predict(denoiser, noisy.noisy_latents, noisy.timesteps, question.conditioning)
+        return prediction.float()
+
+    def losses(self, denoiser: nn.Module, question: Question) -> Tensor:
+        """Loss per sample, float32 ``[B]``."""
+        return self.process.loss(self.answer(denoiser, question), question.noisy)
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        return torch.autocast(device.type, torch.bfloat16) if self.mixed_precision else nullcontext()
+
+
+def _tensors(noisy: NoisySample) -> tuple[Tensor, Tensor, Tensor]:
+    return noisy.noisy_latents, noisy.timesteps, noisy.target
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, non_blocking=True)

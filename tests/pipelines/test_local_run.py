@@ -1,0 +1,115 @@
+"""The local wrapper against real kfp components and a real kfp.local."""
+
+import io
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+from kfp import dsl
+
+from pipelines.local import TaskFailedError, child_environment, run_local, source_image
+from pipelines.local_log import cause_of
+
+ROOT = Path(__file__).parents[2]
+
+# kfp 2.17 warns about its own defaults; nothing of ours to change.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:kfp", "ignore::FutureWarning:kfp")
+
+
+@dsl.component(base_image="local/python-test", install_kfp_package=False)
+def numbers(count: int) -> list:
+    return list(range(count))
+
+
+@dsl.component(base_image="local/python-test", install_kfp_package=False)
+def write(config: dict, shard: int, folder: dsl.Output[dsl.Dataset]):
+    import os
+    from pathlib import Path
+
+    import kubetuner
+
+    Path(folder.path).mkdir(parents=True)
+    (Path(folder.path) / "text").write_text(f"{config['text']} {shard} {os.environ['KUBETUNER_STORE']}")
+    print(f"wrote for {kubetuner.__version__}")  # noqa: T201
+
+
+@dsl.component(base_image="local/python-test", install_kfp_package=False)
+def gather(
+    folders: dsl.Input[list[dsl.Dataset]], fail: bool, model: dsl.Output[dsl.Model], metrics: dsl.Output[dsl.Metrics]
+):
+    from pathlib import Path
+
+    if fail:
+        raise ValueError("the real reason")
+    Path(model.path).write_text("".join((Path(f.path) / "text").read_text() for f in folders))
+    metrics.log_metric("count", len(folders))
+    Path(metrics.path).write_text("{}")
+
+
+@dsl.pipeline(name="fake")
+def fake(config: dict, fail: bool = False) -> dsl.Model:
+    with dsl.ParallelFor(numbers(count=1).output) as shard:
+        written = write(config=config, shard=shard)
+        written.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit("1")
+    gathered = gather(folders=dsl.Collected(written.outputs["folder"]), fail=fail)
+    gathered.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit("1")
+    return gathered.outputs["model"]
+
+
+def run(out: Path, **arguments: object):
+    terminal = io.StringIO()
+    made = run_local(lambda: fake, arguments, out, child_environment(ROOT, out.resolve()), terminal)
+    return made, terminal.getvalue()
+
+
+def test_a_run_says_what_ran_and_hides_kfps_noise(tmp_path, monkeypatch):
+    monkeypatch.delenv("KUBETUNER_STORE", raising=False)
+    before = print, sys.stdout, logging.getLogger().handlers[:], logging.getLogger().level
+    made, shown = run(tmp_path, config={"text": "it's {a} 'caption' }", "deep": {"list": [1, {"x": "}"}]}})
+    assert made.folders["Output"].read_text() == f"it's {{a}} 'caption' }} 0 {tmp_path / 'store'}"
+    assert list(made.tasks) == ["numbers", "write", "gather"]
+    assert all(task.seconds > 0 and not task.cached for task in made.tasks.values())
+    assert "wrote for" in shown
+    for noise in ("\x1b", "executor_input", "KFP Executor", "Streamed", "----", '"parameterValues"', "Warning"):
+        assert noise not in shown, shown
+    assert (print, sys.stdout, logging.getLogger().handlers[:], logging.getLogger().level) == before
+
+
+def test_a_second_run_is_served_from_the_cache(tmp_path):
+    run(tmp_path, config={"text": "same"})
+    made, shown = run(tmp_path, config={"text": "same"})
+    assert {name: task.cached for name, task in made.tasks.items()} == {"numbers": True, "write": True, "gather": True}
+    assert "cache hit" in shown
+    assert made.folders["Output"].is_file()
+
+
+def test_a_failure_names_the_step_and_its_cause(tmp_path):
+    with pytest.raises(TaskFailedError) as caught:
+        run(tmp_path, config={"text": "x"}, fail=True)
+    assert caught.value.step == "gather"
+    assert "ValueError: the real reason" in str(caught.value)
+    assert "the real reason" in caught.value.log.read_text()
+    assert "\x1b" not in str(caught.value)
+    assert str(caught.value).startswith("gather failed: ValueError: the real reason\n")
+
+
+def test_an_error_of_ours_is_shown_without_frames():
+    tail = [
+        "before",
+        "Traceback (most recent call last):",
+        "  File x",
+        "kubetuner.errors.DatasetError: too few",
+        "  - a",
+    ]
+    assert cause_of(tail) == ("too few\n  - a", [])
+    assert cause_of(["Killed"]) == ("", ["Killed"])
+
+
+def test_the_image_changes_with_the_code(tmp_path):
+    (tmp_path / "src/kubetuner").mkdir(parents=True)
+    file = tmp_path / "src/kubetuner/a.py"
+    file.write_text("1")
+    first = source_image(tmp_path)
+    file.write_text("2")
+    assert source_image(tmp_path) != first

@@ -1,0 +1,95 @@
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kubetuner.artifacts import LatentRow
+from kubetuner.config.sections import DatasetSampling, FlowSchedule, LoraSettings, ModelRef, TrainSection
+from kubetuner.families import load_family
+from kubetuner.families.base import Named
+from kubetuner.training.loop import Job
+from kubetuner.training.objective import Objective
+from pipelines.recipes.demo.models import build_pipeline, write_pipeline
+
+TEXT = {
+    "pixart_sigma": {"embeds": (5, 16)},
+    "sana": {"embeds": (5, 16)},
+    "sdxl": {"embeds": (77, 32), "pooled": (16,)},
+}
+
+
+@dataclass(frozen=True)
+class RandomBatch:
+    rows: Sequence[LatentRow]
+    latents: Tensor
+    texts: Sequence[Named | None]
+
+
+@dataclass
+class RandomBatches:
+    """Random latents and texts, the same for a position; notes the positions asked for and may act at one."""
+
+    family: str
+    broken_step: int = -1
+    act: Callable[[int], None] = lambda _step: None
+    asked: list[tuple[int, int]] = field(default_factory=list)
+
+    def batch(self, step: int, micro: int) -> RandomBatch:
+        self.asked.append((step, micro))
+        self.act(step)
+        generator = torch.Generator().manual_seed(1000 * step + micro)
+        latents = torch.randn(2, 4, 8, 8, generator=generator)
+        if step == self.broken_step:
+            latents[1] = float("nan")
+        texts = {name: torch.randn(shape, generator=generator) for name, shape in TEXT[self.family].items()}
+        return RandomBatch([_row("first.png"), _row("second.png")], latents, [texts, None])
+
+
+@dataclass(frozen=True)
+class Setup:
+    bases: Path
+
+    def job(self, family: str, batches: RandomBatches, **settings: object) -> Job:
+        """A fresh denoiser and a section with ``settings`` for it."""
+        ref = ModelRef.model_validate({"family": family, "path": str(self.bases / family)})
+        base = {
+            "model": ref,
+            "model_type": "lora",
+            "lora": LoraSettings(rank=2, alpha=4.0, dropout=0.3),
+            "datasets": (DatasetSampling(id="a"),),
+            "max_train_steps": 6,
+            "learning_rate": 1e-2,
+            "lr_scheduler": "cosine",
+            "checkpoint_step_interval": 0,
+        }
+        section = TrainSection.model_validate(base | settings)
+        made = load_family(ref.family)
+        device = torch.device("cpu")
+        denoiser = made.load_denoiser(ref, device, torch.float32)
+        torch.manual_seed(0)
+        if section.model_type == "lora" and section.lora is not None:
+            made.add_adapter(denoiser, section.lora)
+        if section.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        null = {name: torch.zeros(shape) for name, shape in TEXT[family].items()}
+        process = made.noise_process(ref, FlowSchedule(), segmented=True)
+        objective = Objective(made, process, null, section.seed, section.mixed_precision == "bf16")
+        return Job(section, denoiser, objective, batches, 10, section.max_train_steps, device)
+
+
+@pytest.fixture(scope="session")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    bases = tmp_path_factory.mktemp("bases")
+    for family in TEXT:
+        write_pipeline(build_pipeline(family, "unit"), bases / family)
+    return Setup(bases)
+
+
+def _row(name: str) -> LatentRow:
+    return LatentRow(
+        sample=f"a/{name}", dataset="a", key=name, shard="s", intermediary_size=(64, 64), crop=(0, 0),
+        target_size=(64, 64), bucket="1.0",
+    )  # fmt: skip

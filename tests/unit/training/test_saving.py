@@ -1,0 +1,51 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from kubetuner.config.sections import ModelRef
+from kubetuner.errors import TrainingError
+from kubetuner.training.checkpoints import Checkpoints
+from kubetuner.training.loop import Job, train_denoiser
+from kubetuner.training.saving import save_adapter, save_pipeline
+from tests.unit.training.conftest import RandomBatches, Setup
+
+FAMILIES = ("pixart_sigma", "sdxl", "sana")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_adapter_predicts_as_trained(setup: Setup, tmp_path: Path, family: str) -> None:
+    job = _trained(setup, family, tmp_path, model_type="lora")
+
+    save_adapter(job, tmp_path / "adapter")
+
+    assert list((tmp_path / "adapter").glob("*.safetensors"))
+
+
+def test_an_adapter_that_loads_otherwise_is_refused(setup: Setup, tmp_path: Path) -> None:
+    job = _trained(setup, "sana", tmp_path, model_type="lora")
+    unsaved = next(parameter for parameter in job.denoiser.parameters() if not parameter.requires_grad)
+    with torch.no_grad():
+        unsaved.add_(1.0)
+
+    with pytest.raises(TrainingError, match="does not load as it was trained"):
+        save_adapter(job, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_pipeline_has_the_trained_weights(setup: Setup, tmp_path: Path, family: str) -> None:
+    job = _trained(setup, family, tmp_path, model_type="full", lora=None)
+
+    folder = save_pipeline(job, tmp_path)
+
+    ref = ModelRef.model_validate({"family": family, "path": str(folder)})
+    loaded = job.objective.family.load_denoiser(ref, job.device, torch.float32).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in job.denoiser.state_dict().items())
+    assert (folder / "model_index.json").is_file()
+    assert not list(folder.rglob("*.bin"))
+
+
+def _trained(setup: Setup, family: str, folder: Path, **settings: object) -> Job:
+    job = setup.job(family, RandomBatches(family), **settings)
+    train_denoiser(job, Checkpoints(folder / "checkpoints", "key", 1), lambda _values, _step: None)
+    return job
