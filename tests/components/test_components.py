@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -60,5 +61,6 @@ def test_metadata_and_readme_describe_the_parameters(folder):
 def test_split_lists_shards():
     from components.split import split
 
-    assert split.python_func(3) == [0, 1, 2]
-    assert split.python_func(0) == [0]
+    parts = [json.loads(part) for part in split.python_func("{}", 3)]
+    assert parts == [{"num_shards": 3, "section": "{}", "shard": shard} for shard in range(3)]
+    assert len(split.python_func("{}", 0)) == 1
