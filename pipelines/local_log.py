@@ -26,6 +26,8 @@ _EXECUTOR_NOISE = ("Looking for component ", "Loading KFP component ", "Wrote ex
 _INPUT_MARK = "Got executor_input:"
 TRACEBACK = "Traceback (most recent call last)"
 _TAIL_LINES = 400
+# Tasks that only make fan-out possible; they are of no interest to a person unless they fail.
+HELPERS = frozenset({"split"})
 
 
 @dataclass
@@ -50,6 +52,7 @@ class _Thread:
 
     partial: str = ""
     task: str = ""
+    started: float = 0.0
     json_text: str | None = None
     skipping: bool = False
     in_traceback: bool = False
@@ -115,7 +118,7 @@ class RunLog(io.TextIOBase):
     def _event(self, state: _Thread, text: str) -> None:
         now = time.monotonic()
         if match := _STARTED.match(text):
-            state.task = match[1]
+            state.task, state.started = match[1], now
             task = self._task(match[1])
             task.started = task.started or now
             state.in_traceback = False
@@ -123,7 +126,7 @@ class RunLog(io.TextIOBase):
         elif match := _ENDED.match(text):
             task = self._task(match[1])
             task.ended, task.failed = now, match[2] != "SUCCESS"
-            self._show(step_name(match[1]), f"{'failed' if task.failed else 'done'} after {task.seconds:.1f} s")
+            self._show(step_name(match[1]), f"{'failed' if task.failed else 'done'} after {now - state.started:.1f} s")
             state.task = ""
         elif _OUTPUTS.match(text):
             state.skipping = True
@@ -160,6 +163,8 @@ class RunLog(io.TextIOBase):
         return self.tasks.setdefault(step_name(task), TaskLog())
 
     def _show(self, step: str, text: str) -> None:
+        if step in HELPERS:
+            return
         self._terminal.write(f"{step:<18} {text}\n")
         self._terminal.flush()
 

@@ -24,12 +24,13 @@ def cache_text_embeds(
     import json
     from pathlib import Path
 
-    from kubetuner.steps.cache_text_embeds import cache_text_embeds
-
     from kubetuner.config.sections import CacheTextSection
     from kubetuner.steps.boundary import facts
+    from kubetuner.steps.cache_text_embeds import cache_text_embeds
 
     asked = json.loads(part)
     parsed = CacheTextSection.from_json(asked["section"])
-    made = cache_text_embeds(parsed, Path(dataset.path), Path(text_embeds.path), shard=asked["shard"], num_shards=asked["num_shards"])
+    made = cache_text_embeds(
+        parsed, Path(dataset.path), Path(text_embeds.path), shard=asked["shard"], num_shards=asked["num_shards"]
+    )
     text_embeds.metadata.update(facts(made))

@@ -24,12 +24,13 @@ def cache_vae(
     import json
     from pathlib import Path
 
-    from kubetuner.steps.cache_vae import cache_vae
-
     from kubetuner.config.sections import CacheVaeSection
     from kubetuner.steps.boundary import facts
+    from kubetuner.steps.cache_vae import cache_vae
 
     asked = json.loads(part)
     parsed = CacheVaeSection.from_json(asked["section"])
-    made = cache_vae(parsed, Path(dataset.path), Path(latents.path), shard=asked["shard"], num_shards=asked["num_shards"])
+    made = cache_vae(
+        parsed, Path(dataset.path), Path(latents.path), shard=asked["shard"], num_shards=asked["num_shards"]
+    )
     latents.metadata.update(facts(made))

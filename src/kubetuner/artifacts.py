@@ -198,8 +198,8 @@ class ModelArtifact(Artifact):
         base_model: Hub id or folder of the base.
         base_revision: Commit or content hash of the base.
         steps: Optimizer steps taken.
-        first_loss: Mean training loss of the first logged step.
-        last_loss: Mean training loss of the last logged step.
+        first_loss: Mean training loss over the first tenth of the logged steps.
+        last_loss: Mean training loss over the last tenth of the logged steps.
         mlflow_model_uri: ``models:/<id>`` when the model was tracked, else empty.
         mlflow_run_id: The train step's MLflow run, else empty.
     """

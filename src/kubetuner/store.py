@@ -11,6 +11,7 @@ Shards are never changed: new samples go to new shards.
 
 import logging
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +55,7 @@ class Store:
         for entry in sorted((self.root / "index" / namespace).glob("*.json")):
             index = self._read(entry)
             if index is None:
-                entry.unlink()
+                entry.unlink(missing_ok=True)
                 continue
             found.update(dict.fromkeys(index.keys, index.shard))
         return found
@@ -66,7 +67,8 @@ class Store:
         tensors = {
             f"{key}.{name}": tensor.contiguous() for key in sorted(samples) for name, tensor in samples[key].items()
         }
-        staging = self.root / "shards" / f".writing-{os.getpid()}"
+        # Not the process id: pods that share a store have the same one.
+        staging = self.root / "shards" / f".writing-{uuid.uuid4().hex}"
         write_atomically(staging, lambda path: save_file(tensors, path))
         digest = sha256_of(staging)
         shard = ShardEntry(
@@ -78,6 +80,13 @@ class Store:
             self.root / "index" / namespace / f"{digest}.json", lambda path: path.write_text(index, encoding="utf-8")
         )
         return shard
+
+    def tensor_names(self, shard: ShardEntry) -> frozenset[str]:
+        """Names of the tensors that each sample of ``shard`` has, from the file's header."""
+        from safetensors import safe_open
+
+        with safe_open(self.path(shard.file), framework="np") as file:
+            return frozenset(key.partition(".")[2] for key in file.keys())  # noqa: SIM118
 
     def verify(self, shard: ShardEntry) -> None:
         """Check that a shard is there and undamaged.

@@ -56,7 +56,17 @@ def test_it_is_a_pipeline_spec_in_ascii_without_a_header(compiled):
 def test_the_steps_and_what_is_cached(compiled):
     spec = yaml.safe_load(compiled)
     tasks = spec["root"]["dag"]["tasks"]
-    names = {"plan", "download-dataset", "split", "split-2", "for-loop-1", "for-loop-2", "train", "evaluate", "push-to-hub"}
+    names = {
+        "plan",
+        "download-dataset",
+        "split",
+        "split-2",
+        "for-loop-1",
+        "for-loop-2",
+        "train",
+        "evaluate",
+        "push-to-hub",
+    }
     assert set(tasks) == names
     assert {name for name, task in tasks.items() if not task.get("cachingOptions", {}).get("enableCache")} == {
         "plan", "push-to-hub", "for-loop-1", "for-loop-2",

@@ -25,11 +25,10 @@ from kubetuner.cli.inputs import read_inputs
 from kubetuner.errors import ArtifactError
 
 if TYPE_CHECKING:
+    from kubetuner.evaluation.summary import RunSummary
     from pipelines.local import LocalRun
 
 _KINDS = (DatasetArtifact, LatentsArtifact, TextEmbedsArtifact, ModelArtifact, EvaluationArtifact, PublishedArtifact)
-# The helper that makes fan-out possible is of no interest to a person.
-_UNSEEN = frozenset({"split"})
 
 
 def run_pipeline(config_file: Path, data_file: Path | None, overrides: Sequence[str], out: Path) -> None:
@@ -43,7 +42,7 @@ def run_pipeline(config_file: Path, data_file: Path | None, overrides: Sequence[
 
     root = add_checkout_to_path()
     inputs = read_inputs(config_file, data_file, overrides)
-    make_plan(inputs.config, inputs.data, cwd=Path.cwd())
+    plan = make_plan(inputs.config, inputs.data, cwd=Path.cwd())
     from pipelines.local import child_environment, run_local
 
     out = out.resolve()
@@ -51,7 +50,7 @@ def run_pipeline(config_file: Path, data_file: Path | None, overrides: Sequence[
     environment = child_environment(root, out)
     arguments = {"config": inputs.config, "data_backend_config": inputs.data, "num_shards": 1}
     done = run_local(_load_pipeline, arguments, out, environment, sys.stdout)
-    _finish(done, out, environment)
+    _finish(done, out, environment, f"{plan.summary['max_train_steps']} steps planned, nothing wrong with the input")
 
 
 def _load_pipeline() -> object:
@@ -60,8 +59,9 @@ def _load_pipeline() -> object:
     return finetune
 
 
-def _finish(done: "LocalRun", out: Path, environment: Mapping[str, str]) -> None:
+def _finish(done: "LocalRun", out: Path, environment: Mapping[str, str], planned: str) -> None:
     from kubetuner.evaluation.summary import write_summary
+    from pipelines.local_log import HELPERS
 
     model, evaluation, published = (done.folders[name] for name in ("model", "evaluation", "published"))
     pushed = read_artifact(published, PublishedArtifact)
@@ -69,26 +69,37 @@ def _finish(done: "LocalRun", out: Path, environment: Mapping[str, str]) -> None
     shutil.copyfile(evaluation / "report.html", report)
     if not pushed.commit:
         _replace_folder(published / "hub" if (published / "hub").is_dir() else published, out / "hub")
-    tasks = {name: task for name, task in done.tasks.items() if name not in _UNSEEN}
+    tasks = {name: task for name, task in done.tasks.items() if name not in HELPERS}
     summary = write_summary(
         out,
         model=model,
         evaluation=evaluation,
         seconds={name: task.seconds for name, task in tasks.items()},
-        cache_hits=sum(task.cached for task in tasks.values()),
+        cache_hits=[name for name, task in tasks.items() if task.cached],
         pushed_to=pushed.url if pushed.commit else str(out / "hub"),
     )
     rows = [
-        (name, "-", "cache hit") if task.cached else (name, f"{task.seconds:.1f}", _made(done.artifacts, name))
+        (name, "-", "cache hit")
+        if task.cached
+        else (name, f"{task.seconds:.1f}", planned if name == "plan" else _made(done.artifacts, name))
         for name, task in tasks.items()
     ]
     click.echo("\n" + _table(("step", "seconds", "what came out"), rows) + "\n")
-    click.echo(f"model      {model}")
+    click.echo(f"model      {summary.model_path}")
     click.echo(f"published  {pushed.url if pushed.commit else out / 'hub'}")
     click.echo(f"report     open {_near(report)} in a browser")
     click.echo(f"runs       mlflow ui --backend-store-uri {environment['MLFLOW_TRACKING_URI']}")
-    loss = summary.train_loss
-    click.echo(f"loss {loss.first:.4f} -> {loss.last:.4f} in {summary.steps} steps; report: {_near(report)}")
+    if hits := summary.cache_hits:
+        click.echo(f"cache      {len(hits)} of {len(tasks)} steps were hits: {', '.join(hits)}")
+    click.echo(f"{_losses(summary)} in {summary.steps} steps; report: {_near(report)}")
+
+
+def _losses(summary: "RunSummary") -> str:
+    train, evaluated = summary.train_loss, summary.eval_loss
+    text = f"loss {train.first:.4f} -> {train.last:.4f}"
+    if evaluated.before is not None and evaluated.after is not None:
+        text += f" (held out: {evaluated.before:.4f} -> {evaluated.after:.4f})"
+    return text
 
 
 def _replace_folder(source: Path, target: Path) -> None:
@@ -104,7 +115,7 @@ def _near(path: Path) -> str:
 def _made(artifacts: Path | None, step: str) -> str:
     if artifacts is None:
         return ""
-    folders = sorted(artifacts.glob(f"{step.replace('_', '-')}/*/{ARTIFACT_FILE}"))
+    folders = sorted(artifacts.rglob(f"{step.replace('_', '-')}/*/{ARTIFACT_FILE}"))
     return "; ".join(filter(None, (_describe(file.parent) for file in folders)))
 
 

@@ -16,7 +16,8 @@ class FamilyOutline:
         parameters: Trainable parameters of the denoiser, by a part of the hub id, in billions; ``""`` matches any.
         vae_factor: Pixels per latent, per edge.
         latent_channels: Channels of a latent.
-        text_floats: Largest number of floats one caption's embedding takes.
+        text_width: Features of a text token in the published checkpoints.
+        text_floats: Largest number of floats one caption's embedding takes there.
         picture_multiple: Edges of validation pictures are multiples of this.
     """
 
@@ -26,6 +27,7 @@ class FamilyOutline:
     parameters: dict[str, float]
     vae_factor: int
     latent_channels: int
+    text_width: int
     text_floats: int
     picture_multiple: int
 
@@ -43,6 +45,7 @@ OUTLINES: dict[FamilyName, FamilyOutline] = {
         parameters={"900m": 0.91, "": 0.61},
         vae_factor=8,
         latent_channels=4,
+        text_width=4096,
         text_floats=300 * 4096,
         picture_multiple=16,
     ),
@@ -56,6 +59,7 @@ OUTLINES: dict[FamilyName, FamilyOutline] = {
         parameters={"": 2.57},
         vae_factor=8,
         latent_channels=4,
+        text_width=2048,
         text_floats=77 * 2048 + 1280,
         picture_multiple=16,
     ),
@@ -73,6 +77,7 @@ OUTLINES: dict[FamilyName, FamilyOutline] = {
         parameters={"4.8b": 4.72, "600m": 0.59, "": 1.6},
         vae_factor=32,
         latent_channels=32,
+        text_width=2304,
         text_floats=300 * 2304,
         picture_multiple=32,
     ),

@@ -44,6 +44,7 @@ class ModelRef(Section):
         revision: Hub commit, or for a folder the hash of its contents; resolved by ``plan``.
         variant: File variant such as ``fp16``; empty for none.
         vae_path: ``pretrained_vae_model_name_or_path``; empty for the pipeline's own VAE.
+        vae_revision: Hash of the contents of ``vae_path`` when that is a folder; resolved by ``plan``.
     """
 
     family: FamilyName
@@ -51,6 +52,7 @@ class ModelRef(Section):
     revision: str = ""
     variant: str = ""
     vae_path: str = ""
+    vae_revision: str = ""
 
 
 class DatasetSource(Section):
@@ -217,7 +219,9 @@ class TrainSection(Section):
         seed: Seeds noise, timesteps, caption dropout, sampling order and adapter initialisation.
     """
 
-    SPEED_ONLY: ClassVar[frozenset[str]] = frozenset({"checkpoint_step_interval", "checkpoints_total_limit"})
+    SPEED_ONLY: ClassVar[frozenset[str]] = frozenset(
+        {"checkpoint_step_interval", "checkpoints_total_limit", "resume_from_checkpoint"}
+    )
 
     model: ModelRef
     model_type: ModelType
@@ -275,9 +279,9 @@ class EvaluateSection(Section):
         seed: Seed of the first picture of every prompt.
         evaluation_type: ``clip`` scores pictures with ``judge``.
         judge: CLIP model: hub id or folder (``pretrained_evaluation_model_name_or_path``).
+        judge_revision: Hash of the contents of ``judge`` when that is a folder; resolved by ``plan``.
         instruction: See :class:`CacheTextSection`.
         clean_caption: See :class:`CacheTextSection`.
-        seed_eval: Seed of the evaluation noise.
     """
 
     model: ModelRef
@@ -294,6 +298,7 @@ class EvaluateSection(Section):
     seed: int = 42
     evaluation_type: Literal["none", "clip"] = "none"
     judge: str = ""
+    judge_revision: str = ""
     instruction: str = ""
     clean_caption: bool = True
     max_length: int = 0

@@ -158,7 +158,7 @@ def loss_rows(findings: Findings) -> list[tuple[str, float | None, float | None,
     if pairs:
         first, last = (statistics.fmean(values) for values in zip(*pairs, strict=True))
         rows.append(("Mean CLIP score", first, last, f"{last - first:+.1f} points".replace("-", "−")))
-    rows.append(_row("Training loss (first, last)", findings.model.first_loss, findings.model.last_loss))
+    rows.append(_row("Training loss (first and last tenth)", findings.model.first_loss, findings.model.last_loss))
     return rows
 
 

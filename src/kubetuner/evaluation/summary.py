@@ -1,15 +1,16 @@
 """``summary.json``: what a run did and what came of it, for scripts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kubetuner.artifacts import EvaluationArtifact, ModelArtifact, Record, read_artifact, write_atomically
+from kubetuner.evaluation.tracked import weights_folder
 
 SUMMARY_FILE = "summary.json"
 
 
 class TrainLoss(Record):
-    """Training loss of the first and the last logged step."""
+    """Mean training loss over the first and over the last tenth of the logged steps."""
 
     first: float
     last: float
@@ -23,7 +24,7 @@ class EvalLossPair(Record):
 
 
 class SummaryImage(Record):
-    """One prompt's pictures; paths are relative to the summary's folder where they lie below it."""
+    """One prompt's pictures; paths are absolute."""
 
     prompt: str
     seed: int
@@ -44,7 +45,7 @@ class RunSummary(Record):
         seconds: Wall seconds per step, by step name.
         cache_hits: Steps whose result was taken from the cache.
         mlflow_run_id: The train step's run, empty when not tracked.
-        model_path: Folder of the model artifact.
+        model_path: What diffusers loads: a pipeline folder (full) or the folder of an adapter (lora).
         pushed_to: URL or folder the model was published to, empty when it was not.
     """
 
@@ -55,7 +56,7 @@ class RunSummary(Record):
     eval_loss: EvalLossPair
     images: tuple[SummaryImage, ...]
     seconds: dict[str, float]
-    cache_hits: int
+    cache_hits: tuple[str, ...]
     mlflow_run_id: str
     model_path: str
     pushed_to: str
@@ -67,7 +68,7 @@ def write_summary(
     model: Path,
     evaluation: Path,
     seconds: Mapping[str, float],
-    cache_hits: int = 0,
+    cache_hits: Sequence[str] = (),
     pushed_to: str = "",
 ) -> RunSummary:
     """Write ``out_dir/summary.json`` from the run's artifacts.
@@ -95,15 +96,15 @@ def write_summary(
             SummaryImage(
                 prompt=image.prompt,
                 seed=image.seed,
-                before=_shown(evaluation / image.before, out_dir),
-                after=_shown(evaluation / image.after, out_dir),
+                before=str((evaluation / image.before).resolve()),
+                after=str((evaluation / image.after).resolve()),
             )
             for image in evaluated.images
         ),
         seconds={name: round(value, 3) for name, value in seconds.items()},
-        cache_hits=cache_hits,
+        cache_hits=tuple(cache_hits),
         mlflow_run_id=trained.mlflow_run_id,
-        model_path=_shown(model, out_dir),
+        model_path=str(weights_folder(model, trained).resolve()),
         pushed_to=pushed_to,
     )
     text = summary.model_dump_json(indent=2) + "\n"
@@ -113,8 +114,3 @@ def write_summary(
 
     write_atomically(out_dir / SUMMARY_FILE, fill)
     return summary
-
-
-def _shown(path: Path, out_dir: Path) -> str:
-    whole, base = path.resolve(), out_dir.resolve()
-    return whole.relative_to(base).as_posix() if whole.is_relative_to(base) else str(whole)

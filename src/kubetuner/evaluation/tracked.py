@@ -44,24 +44,25 @@ def locate_trained(model: Path, artifact: ModelArtifact, scratch: Path) -> Train
             root = fetch_model(artifact.mlflow_model_uri, scratch)
             damaged = _differing(root, artifact)
             if not damaged:
-                return TrainedModel(_weights(root, artifact))
+                return TrainedModel(weights_folder(root, artifact))
             note = f"has {len(damaged)} file(s) that differ from the trained ones ({', '.join(damaged[:3])})"
         except (KubetunerError, OSError) as error:
             note = f"could not be fetched ({error})"
         note = f"The tracked model {artifact.mlflow_model_uri} {note}; the model folder was evaluated instead."
         logger.warning("%s", note)
     verify_files(model, artifact)
-    return TrainedModel(_weights(model, artifact), note)
+    return TrainedModel(weights_folder(model, artifact), note)
 
 
-def _weights(root: Path, artifact: ModelArtifact) -> Path:
+def weights_folder(root: Path, artifact: ModelArtifact) -> Path:
+    """What diffusers loads from the folder of a model artifact, or of a tracked model."""
     nested = root / PIPELINE_FOLDER
     return nested if artifact.model_type == "full" and nested.is_dir() else root
 
 
 def _differing(root: Path, artifact: ModelArtifact) -> list[str]:
     """Weight files that are missing below ``root`` or are not those of ``artifact``."""
-    folder = _weights(root, artifact)
+    folder = weights_folder(root, artifact)
     names = {_name(entry, artifact): entry for entry in artifact.files}
     return [
         name

@@ -2,12 +2,14 @@
 
 from kubetuner.config.sections import FamilyName
 from kubetuner.families.base import Family
+from kubetuner.families.notices import hush_libraries
 
 __all__ = ["Family", "load_family"]
 
 
 def load_family(name: FamilyName) -> Family:
     """The family called ``name``; imports only that family."""
+    hush_libraries()
     match name:
         case "pixart_sigma":
             from kubetuner.families.pixart_sigma import PixArtSigma

@@ -119,7 +119,7 @@ def _git_blob(path: Path) -> str:
 
 def _retrying(what: str, call: Callable[[], Result]) -> Result:
     """Repeat ``call`` while the hub is unwell; the client does not do so for commits."""
-    import httpx
+    import httpx2
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     pause = FIRST_PAUSE_SECONDS
@@ -130,7 +130,7 @@ def _retrying(what: str, call: Callable[[], Result]) -> Result:
             raise PublishError(
                 f"{what} failed: HF_HUB_OFFLINE is set; unset it, or set push_to_hub to false"
             ) from error
-        except (HfHubHTTPError, httpx.TransportError) as error:
+        except (HfHubHTTPError, httpx2.TransportError) as error:
             status = (
                 error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
             )

@@ -125,7 +125,12 @@ def _validation(evaluation: EvaluationArtifact) -> list[tuple[str, str]]:
 def _training(section: PushSection, model: ModelArtifact) -> list[tuple[str, str]]:
     settings = json.loads(section.training)
     rows = [("Optimizer steps taken", str(model.steps))]
-    rows.append(("Training loss", f"{model.first_loss:.4f} at the first step, {model.last_loss:.4f} at the last"))
+    rows.append(
+        (
+            "Training loss",
+            f"{model.first_loss:.4f} over the first tenth of the steps, {model.last_loss:.4f} over the last",
+        )
+    )
     rows += _chosen(settings, _TRAINING)
     micro, accumulated = settings.get("train_batch_size"), settings.get("gradient_accumulation_steps")
     if isinstance(micro, int) and isinstance(accumulated, int):

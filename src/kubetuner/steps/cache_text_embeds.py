@@ -1,7 +1,7 @@
 """The ``cache_text_embeds`` step: captions of a dataset artifact in, text embeddings out."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from kubetuner.artifacts import (
@@ -52,21 +52,38 @@ def cache_text_embeds(
     namespace = f"text-{fingerprint(section.deciding())[:16]}"
     known = store.known(namespace)
     missing = [text for text, key in keys.items() if key not in known]
-    _encode(section, store, namespace, {text: keys[text] for text in missing})
-    known = store.known(namespace)
+    known |= _encode(section, store, namespace, {text: keys[text] for text in missing})
     logger.info("text embeddings: %d reused, %d encoded", len(keys) - len(missing), len(missing))
     rows = [TextRow(text=text, key=key, shard=known[key].file) for text, key in keys.items()]
-    return _write(section, source, out, captions, rows, len(missing), known, (shard, num_shards))
+    shards = {entry.file: entry for entry in (known[row.key] for row in rows)}
+    out.mkdir(parents=True, exist_ok=True)
+    write_rows(out, CAPTIONS_FILE, captions)
+    write_rows(out, TEXTS_FILE, rows)
+    names = store.tensor_names(known[keys[""]])
+    artifact = TextEmbedsArtifact(
+        fingerprint=fingerprint(section.deciding(), source.fingerprint, (shard, num_shards)),
+        parents=(source.fingerprint,),
+        files=list_files(out),
+        num_texts=len(rows),
+        encoded=len(missing),
+        reused=len(rows) - len(missing),
+        tensors={name: TensorSpec(dtype=section.dtype, shape=(None,)) for name in sorted(names)},
+        shards=tuple(shards[file] for file in sorted(shards)),
+    )
+    write_artifact(out, artifact)
+    return artifact
 
 
 def _key(section: CacheTextSection, text: str) -> str:
     return fingerprint(text, section.deciding())
 
 
-def _encode(section: CacheTextSection, store: Store, namespace: str, missing: Mapping[str, str]) -> None:
-    """Encode the texts of ``missing`` (text → key) into the store, similar lengths together."""
+def _encode(
+    section: CacheTextSection, store: Store, namespace: str, missing: Mapping[str, str]
+) -> dict[str, ShardEntry]:
+    """Encode the texts of ``missing`` (text → key), similar lengths together; returns key → the shard written."""
     if not missing:
-        return
+        return {}
     import torch
 
     from kubetuner.families import load_family
@@ -76,6 +93,7 @@ def _encode(section: CacheTextSection, store: Store, namespace: str, missing: Ma
     encoders = family.load_text_encoders(section.model, device)
     dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32
     texts = sorted(missing, key=lambda text: (len(text), text))
+    written: dict[str, ShardEntry] = {}
     with Progress("cache_text_embeds", len(texts), "texts") as progress, torch.inference_mode():
         for start in range(0, len(texts), TEXTS_PER_SHARD):
             ready = {}
@@ -85,35 +103,5 @@ def _encode(section: CacheTextSection, store: Store, namespace: str, missing: Ma
                 for text, tensors in zip(batch, family.encode_texts(encoders, batch, section), strict=True):
                     ready[missing[text]] = {name: tensor.to(dtype).clone() for name, tensor in tensors.items()}
                 progress.advance(len(batch))
-            store.write_shard(namespace, ready)
-
-
-def _write(
-    section: CacheTextSection,
-    source: DatasetArtifact,
-    out: Path,
-    captions: Sequence[CaptionRow],
-    rows: Sequence[TextRow],
-    encoded: int,
-    known: Mapping[str, ShardEntry],
-    part: tuple[int, int],
-) -> TextEmbedsArtifact:
-    from kubetuner.families import load_family
-
-    out.mkdir(parents=True, exist_ok=True)
-    write_rows(out, CAPTIONS_FILE, captions)
-    write_rows(out, TEXTS_FILE, rows)
-    shards = {known[row.key].file: known[row.key] for row in rows}
-    names = load_family(section.model.family).facts.text_tensors
-    artifact = TextEmbedsArtifact(
-        fingerprint=fingerprint(section.deciding(), source.fingerprint, part),
-        parents=(source.fingerprint,),
-        files=list_files(out),
-        num_texts=len(rows),
-        encoded=encoded,
-        reused=len(rows) - encoded,
-        tensors={name: TensorSpec(dtype=section.dtype, shape=(None,)) for name in names},
-        shards=tuple(shards[file] for file in sorted(shards)),
-    )
-    write_artifact(out, artifact)
-    return artifact
+            written |= dict.fromkeys(ready, store.write_shard(namespace, ready))
+    return written

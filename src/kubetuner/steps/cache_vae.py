@@ -63,12 +63,27 @@ def cache_vae(
     placed, skipped = _place_all(section, dataset, shard, num_shards)
     known = store.known(namespace)
     missing = list({item.key: item for item in placed if item.key not in known}.values())
-    skipped += _encode(section, dataset, store, namespace, missing)
-    known = store.known(namespace)
+    written, broken = _encode(section, dataset, store, namespace, missing)
+    known |= written
+    skipped += broken
     rows = [_row(item, known[item.key]) for item in placed if item.key in known]
-    encoded = sum(item.key in known for item in missing)
-    logger.info("latents: %d reused, %d encoded, %d skipped", len(rows) - encoded, encoded, len(skipped))
-    return _write(section, source, out, rows, skipped, encoded, known, (shard, num_shards))
+    logger.info("latents: %d reused, %d encoded, %d skipped", len(rows) - len(written), len(written), len(skipped))
+    shards = {known[row.key].file: known[row.key] for row in rows}
+    out.mkdir(parents=True, exist_ok=True)
+    write_rows(out, ROWS_FILE, rows)
+    artifact = LatentsArtifact(
+        fingerprint=fingerprint(section.deciding(), source.fingerprint, (shard, num_shards)),
+        parents=(source.fingerprint,),
+        files=list_files(out),
+        num_samples=len(rows),
+        encoded=len(written),
+        reused=len(rows) - len(written),
+        tensors={"latents": TensorSpec(dtype=section.dtype, shape=(None, None, None))},
+        shards=tuple(shards[file] for file in sorted(shards)),
+        skipped=tuple(skipped),
+    )
+    write_artifact(out, artifact)
+    return artifact
 
 
 def _place_all(
@@ -96,10 +111,10 @@ def _place_all(
 
 def _encode(
     section: CacheVaeSection, dataset: Path, store: Store, namespace: str, missing: Sequence[_Placed]
-) -> list[Skipped]:
-    """Encode ``missing`` batch by batch into the store; returns those whose latents are not finite."""
+) -> tuple[dict[str, ShardEntry], list[Skipped]]:
+    """Encode ``missing`` batch by batch; returns key → the shard written, and samples with non-finite latents."""
     if not missing:
-        return []
+        return {}, []
     import torch
 
     from kubetuner.families import load_family
@@ -109,6 +124,7 @@ def _encode(
     vae = family.load_vae(section.model, device)
     dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32
     skipped: list[Skipped] = []
+    written: dict[str, ShardEntry] = {}
     ready: dict[str, dict[str, Tensor]] = {}
     with Progress("cache_vae", len(missing), "pictures") as progress, torch.inference_mode():
         for batch in _batches(missing, section.vae_batch_size):
@@ -121,12 +137,12 @@ def _encode(
                 else:
                     skipped.append(Skipped(name=item.sample.id, reason="the VAE gave latents that are not finite"))
             if len(ready) >= SAMPLES_PER_SHARD:
-                store.write_shard(namespace, ready)
+                written |= dict.fromkeys(ready, store.write_shard(namespace, ready))
                 ready = {}
             progress.advance(len(batch))
     if ready:
-        store.write_shard(namespace, ready)
-    return skipped
+        written |= dict.fromkeys(ready, store.write_shard(namespace, ready))
+    return written, skipped
 
 
 def _batches(items: Sequence[_Placed], size: int) -> Iterator[Sequence[_Placed]]:
@@ -164,31 +180,3 @@ def _row(item: _Placed, shard: ShardEntry) -> LatentRow:
         target_size=item.placement.target_size,
         bucket=item.placement.bucket,
     )
-
-
-def _write(
-    section: CacheVaeSection,
-    source: DatasetArtifact,
-    out: Path,
-    rows: Sequence[LatentRow],
-    skipped: Sequence[Skipped],
-    encoded: int,
-    known: dict[str, ShardEntry],
-    part: tuple[int, int],
-) -> LatentsArtifact:
-    out.mkdir(parents=True, exist_ok=True)
-    write_rows(out, ROWS_FILE, rows)
-    shards = {known[row.key].file: known[row.key] for row in rows}
-    artifact = LatentsArtifact(
-        fingerprint=fingerprint(section.deciding(), source.fingerprint, part),
-        parents=(source.fingerprint,),
-        files=list_files(out),
-        num_samples=len(rows),
-        encoded=encoded,
-        reused=len(rows) - encoded,
-        tensors={"latents": TensorSpec(dtype=section.dtype, shape=(None, None, None))},
-        shards=tuple(shards[file] for file in sorted(shards)),
-        skipped=tuple(skipped),
-    )
-    write_artifact(out, artifact)
-    return artifact

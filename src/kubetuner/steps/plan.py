@@ -114,7 +114,7 @@ def _resolve_models(sections: Sections, models: _Models) -> Sections:
     given = sections.train.model
     path, local = models.path(given.path, "pretrained_model_name_or_path")
     vae_path, vae_local = models.path(given.vae_path, "pretrained_vae_model_name_or_path")
-    judge, _ = models.path(sections.evaluate.judge, "pretrained_evaluation_model_name_or_path")
+    judge, judge_local = models.path(sections.evaluate.judge, "pretrained_evaluation_model_name_or_path")
     if local and not (Path(path) / "model_index.json").is_file():
         message = f"{path} holds no model_index.json; expected the folder of a diffusers pipeline."
         models.problems.append(Problem("config.json.pretrained_model_name_or_path", message))
@@ -122,17 +122,27 @@ def _resolve_models(sections: Sections, models: _Models) -> Sections:
         message = "has no meaning for a folder, whose contents are hashed; remove it."
         models.problems.append(Problem("config.json.revision", message))
     revision = folder_revision(Path(path)) if local else given.revision
-    if vae_local:
-        joined = f"{revision}+{folder_revision(Path(vae_path))}"
-        revision = hashlib.sha256(joined.encode()).hexdigest() if local else revision
-    model = ModelRef(family=given.family, path=path, revision=revision, variant=given.variant, vae_path=vae_path)
+    model = ModelRef(
+        family=given.family,
+        path=path,
+        revision=revision,
+        variant=given.variant,
+        vae_path=vae_path,
+        vae_revision=folder_revision(Path(vae_path)) if vae_local else "",
+    )
     train = sections.train.model_copy(update={"model": model})
     return sections.model_copy(
         update={
             "cache_vae": sections.cache_vae.model_copy(update={"model": model}),
             "cache_text_embeds": sections.cache_text_embeds.model_copy(update={"model": model}),
             "train": train,
-            "evaluate": sections.evaluate.model_copy(update={"model": model, "judge": judge}),
+            "evaluate": sections.evaluate.model_copy(
+                update={
+                    "model": model,
+                    "judge": judge,
+                    "judge_revision": folder_revision(Path(judge)) if judge_local else "",
+                }
+            ),
             "push": sections.push.model_copy(update={"model": model, "training": train.to_json()}),
         }
     )

@@ -73,8 +73,7 @@ def _text_floats(model: ModelRef) -> int:
     outline = OUTLINES[model.family]
     config = _json(Path(model.path) / outline.denoiser / "config.json")
     width = config.get("caption_channels") or config.get("cross_attention_dim")
-    published = 2048 if model.family == "sdxl" else 4096 if model.family == "pixart_sigma" else 2304
-    return outline.text_floats * width // published if isinstance(width, int) else outline.text_floats
+    return outline.text_floats * width // outline.text_width if isinstance(width, int) else outline.text_floats
 
 
 def _parameters(model: ModelRef) -> int:

@@ -124,9 +124,10 @@ def _write_card(
     gallery = [_copy_pictures(index, image, evaluation, folder) for index, image in enumerate(evaluated.images)]
     facts = load_family(section.model.family).facts
     card = render_card(section, trained, evaluated, gallery, facts, usage)
-    if any(secret and secret in card for secret in (get_token(), os.environ.get("MLFLOW_TRACKING_PASSWORD"))):
+    secrets = (get_token(), os.environ.get("MLFLOW_TRACKING_TOKEN"), os.environ.get("MLFLOW_TRACKING_PASSWORD"))
+    if any(len(secret) >= 8 and secret in card for secret in secrets if secret):
         raise PublishError(
-            "the model card would contain a token or password: take it out of model_card_note or the prompts"
+            "the model card would hold a token or password: take it out of model_card_note or the prompts"
         )
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
 

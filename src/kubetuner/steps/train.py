@@ -2,6 +2,7 @@
 
 import math
 import os
+import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from kubetuner.families import Family
     from kubetuner.tracking import Run
+    from kubetuner.training.checkpoints import LossPoint
     from kubetuner.training.loop import Job
 
 PIPELINE_FOLDER = "pipeline"
@@ -64,9 +66,7 @@ def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[
     parents = [read_artifact(folder, LatentsArtifact).fingerprint for folder in latents]
     parents += [read_artifact(folder, TextEmbedsArtifact).fingerprint for folder in text_embeds]
     out.mkdir(parents=True, exist_ok=True)
-    # Where to resume from changes nothing in the result, so every such setting finds the same checkpoints.
-    deciding = {key: value for key, value in section.deciding().items() if key != "resume_from_checkpoint"}
-    key = fingerprint("train", deciding, *parents)
+    key = fingerprint("train", section.deciding(), *parents)
     root = Path(os.environ.get("KUBETUNER_CHECKPOINTS") or out / "checkpoints")
     checkpoints = Checkpoints(root, key, section.checkpoints_total_limit)
     with track("train", _params(section)) as run:
@@ -74,6 +74,7 @@ def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[
         outcome = train_denoiser(job, checkpoints, run.log_metrics)
         uri = _save(job, out, run)
         write_rows(out, LOSSES, outcome.points)
+        first, last = _ends(outcome.points)
         artifact = ModelArtifact(
             fingerprint=key,
             parents=tuple(parents),
@@ -83,8 +84,8 @@ def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[
             base_model=section.model.path,
             base_revision=section.model.revision,
             steps=outcome.steps,
-            first_loss=outcome.points[0].loss,
-            last_loss=outcome.points[-1].loss,
+            first_loss=first,
+            last_loss=last,
             mlflow_model_uri=uri,
             mlflow_run_id=run.run_id,
         )
@@ -143,6 +144,13 @@ def _total_steps(section: TrainSection, batches_per_epoch: int) -> int:
     if section.max_train_steps > 0:
         return section.max_train_steps
     return section.num_train_epochs * math.ceil(batches_per_epoch / section.gradient_accumulation_steps)
+
+
+def _ends(points: Sequence["LossPoint"]) -> tuple[float, float]:
+    """Mean loss over the first and over the last tenth of what was logged: one step's loss is mostly noise."""
+    count = math.ceil(len(points) / 10)
+    losses = [point.loss for point in points]
+    return statistics.fmean(losses[:count]), statistics.fmean(losses[-count:])
 
 
 def _save(job: "Job", out: Path, run: "Run") -> str:

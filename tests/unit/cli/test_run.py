@@ -32,11 +32,12 @@ def test_the_last_line_states_losses_and_the_report(tmp_path, capsys):
         "train": TaskLog(started=1.0, ended=3.5),
         "evaluate": TaskLog(started=4.0, ended=5.0),
     }
-    _finish(LocalRun(folders, tasks, run), tmp_path, {"MLFLOW_TRACKING_URI": "sqlite:///x.db"})
+    _finish(LocalRun(folders, tasks, run), tmp_path, {"MLFLOW_TRACKING_URI": "sqlite:///x.db"}, "planned")
     shown = capsys.readouterr().out
     assert "0.5000 -> 0.2500" in shown.splitlines()[-1]
     assert "report.html" in shown.splitlines()[-1]
     assert "cache hit" in shown
+    assert "1 of 3 steps were hits: cache_vae" in shown
     assert "split" not in shown
     assert "mlflow ui --backend-store-uri sqlite:///x.db" in shown
     assert "lora sdxl, 7 steps" in shown
@@ -44,4 +45,4 @@ def test_the_last_line_states_losses_and_the_report(tmp_path, capsys):
     assert (tmp_path / "hub" / "README.md").read_text() == "card"
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["seconds"] == {"cache_vae": 0.0, "train": 2.5, "evaluate": 1.0}
-    assert summary["cache_hits"] == 1
+    assert summary["cache_hits"] == ["cache_vae"]

@@ -1,0 +1,161 @@
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from kubetuner.artifacts import (
+    CaptionRow,
+    LatentRow,
+    LatentsArtifact,
+    ModelArtifact,
+    TextEmbedsArtifact,
+    TextRow,
+    read_artifact,
+    verify_files,
+    write_artifact,
+    write_rows,
+)
+from kubetuner.config.sections import DatasetSampling, LoraSettings, ModelRef, TrainSection
+from kubetuner.errors import ArtifactError
+from kubetuner.steps.train import train
+from kubetuner.store import Store
+from pipelines.recipes.demo.models import build_pipeline, write_pipeline
+
+TEXT = {
+    "pixart_sigma": {"embeds": (5, 16)},
+    "sana": {"embeds": (5, 16)},
+    "sdxl": {"embeds": (77, 32), "pooled": (16,)},
+}
+FAMILIES = tuple(TEXT)
+
+
+@pytest.fixture(autouse=True)
+def _local(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "KUBETUNER_STORE", "KUBETUNER_CHECKPOINTS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_training_leaves_a_pipeline_and_nothing_else(tmp_path: Path, family: str) -> None:
+    section = _section(tmp_path, family, model_type="full")
+
+    artifact = train(section, *_caches(tmp_path, family), tmp_path / "out")
+
+    assert artifact == read_artifact(tmp_path / "out", ModelArtifact)
+    verify_files(tmp_path / "out", artifact)
+    assert artifact.steps == 3
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"artifact.json", "losses.jsonl", "pipeline"}
+    assert "pipeline/model_index.json" in {entry.path for entry in artifact.files}
+
+
+@pytest.mark.parametrize(
+    ("family", "files"),
+    [
+        ("pixart_sigma", {"adapter_model.safetensors", "adapter_config.json"}),
+        ("sdxl", {"pytorch_lora_weights.safetensors"}),
+        ("sana", {"pytorch_lora_weights.safetensors"}),
+    ],
+)
+def test_lora_training_leaves_an_adapter(tmp_path: Path, family: str, files: set[str]) -> None:
+    section = _section(tmp_path, family, model_type="lora", lora=LoraSettings(rank=2, alpha=8.0))
+
+    artifact = train(section, *_caches(tmp_path, family), tmp_path / "out")
+
+    assert {entry.path for entry in artifact.files} == files | {"losses.jsonl"}
+    verify_files(tmp_path / "out", artifact)
+
+
+def test_the_same_run_gives_the_same_bytes_wherever_it_was_interrupted(tmp_path: Path) -> None:
+    section = _section(tmp_path, "sana", model_type="full", checkpoint_step_interval=1)
+    caches = _caches(tmp_path, "sana")
+    whole = train(section, *caches, tmp_path / "whole")
+    child = os.fork()
+    if child == 0:  # Killed by the interval timer, wherever training is by then.
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        train(section, *caches, tmp_path / "parts")
+        os._exit(0)
+    os.waitpid(child, 0)
+
+    again = train(section, *caches, tmp_path / "parts")
+
+    assert again == whole
+
+
+def test_settings_and_inputs_decide_the_fingerprint(tmp_path: Path) -> None:
+    caches = _caches(tmp_path, "sana")
+    first = train(_section(tmp_path, "sana"), *caches, tmp_path / "1")
+    same = train(_section(tmp_path, "sana", checkpoint_step_interval=1), *caches, tmp_path / "2")
+    other = train(_section(tmp_path, "sana", seed=7), *caches, tmp_path / "3")
+
+    assert first.fingerprint == same.fingerprint != other.fingerprint
+    assert first.parents == ("latents", "texts")
+    assert first.last_loss == same.last_loss != other.last_loss
+
+
+def test_epochs_are_turned_into_steps(tmp_path: Path) -> None:
+    section = _section(tmp_path, "sana", max_train_steps=0, num_train_epochs=2, train_batch_size=2)
+
+    assert train(section, *_caches(tmp_path, "sana"), tmp_path / "out").steps == 4
+
+
+def test_an_unfinished_input_is_refused(tmp_path: Path) -> None:
+    latents, texts = _caches(tmp_path, "sana")
+    (latents[0] / "artifact.json").unlink()
+
+    with pytest.raises(ArtifactError, match="did not finish"):
+        train(_section(tmp_path, "sana"), latents, texts, tmp_path / "out")
+
+
+def _section(folder: Path, family: str, **settings: object) -> TrainSection:
+    base = folder / "base"
+    if not base.exists():
+        write_pipeline(build_pipeline(family, "unit"), base)
+    values = {
+        "model": ModelRef.model_validate({"family": family, "path": str(base)}),
+        "model_type": "full",
+        "datasets": (DatasetSampling(id="a"),),
+        "max_train_steps": 3,
+        "train_batch_size": 2,
+        "learning_rate": 1e-3,
+    }
+    return TrainSection.model_validate(values | settings)
+
+
+def _caches(folder: Path, family: str) -> tuple[list[Path], list[Path]]:
+    generator = torch.Generator().manual_seed(0)
+    latents, texts = folder / "latents", folder / "texts"
+    keys = [f"k{index}" for index in range(4)]
+    entry = Store(latents).write_shard(
+        "l", {key: {"latents": torch.randn(4, 8, 8, generator=generator)} for key in keys}
+    )
+    rows = [
+        LatentRow(
+            sample=f"a/{key}.png", dataset="a", key=key, shard=entry.file, intermediary_size=(64, 64), crop=(0, 0),
+            target_size=(64, 64), bucket="1.0",
+        )
+        for key in keys
+    ]  # fmt: skip
+    write_rows(latents, "latents.jsonl", rows)
+    write_artifact(
+        latents,
+        LatentsArtifact(
+            fingerprint="latents", parents=("dataset",), num_samples=4, encoded=4, reused=0, tensors={}, shards=(entry,)
+        ),
+    )
+    captions = {text: f"t{index}" for index, text in enumerate(["", "red", "blue"])}
+    embeds = {
+        key: {name: torch.randn(shape, generator=generator) for name, shape in TEXT[family].items()}
+        for key in captions.values()
+    }
+    entry = Store(texts).write_shard("t", embeds)
+    write_rows(texts, "texts.jsonl", [TextRow(text=text, key=key, shard=entry.file) for text, key in captions.items()])
+    write_rows(texts, "captions.jsonl", [CaptionRow(sample=row.sample, texts=("red", "blue")) for row in rows])
+    write_artifact(
+        texts,
+        TextEmbedsArtifact(
+            fingerprint="texts", parents=("dataset",), num_texts=3, encoded=3, reused=0, tensors={}, shards=(entry,)
+        ),
+    )
+    return [latents], [texts]
