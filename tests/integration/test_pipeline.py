@@ -103,9 +103,9 @@ def test_photographs_become_a_model_that_stock_diffusers_runs(family: str, tmp_p
     assert (out / "report.html").stat().st_size > 1000
     assert (out / "mlflow.db").is_file()
     assert (out / "mlartifacts").is_dir()
-    for picture in summary["images"]:
-        assert Image.open(picture["before"]).size == (64, 128)
-        assert Image.open(picture["after"]).size == (64, 128)
+    for drawn in (picture[moment] for picture in summary["images"] for moment in ("before", "after")):
+        with Image.open(drawn) as image:
+            assert image.size == (64, 128)
     assert "report.html" in first.stdout.strip().splitlines()[-1]
     draws_with_stock_diffusers(family, tmp_path / "base", Path(summary["pushed_to"]))
 
