@@ -13,7 +13,7 @@ OUT    ?= runs/demo
 DEMO   := pipelines/recipes/demo
 
 ##@ Everyday
-.PHONY: help setup demo test check
+.PHONY: help setup demo test check lint
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -26,9 +26,8 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## Run the whole pipeline on tiny models here (FAMILY=sdxl|pixart_sigma|sana, FROM_SCRATCH=1)
 ifdef FROM_SCRATCH
-	$(BIN)/python -m pipelines.recipes.demo.random_base --family $(FAMILY) --out $(OUT)/base
-	$(BIN)/kubetuner run --config $(DEMO)/$(FAMILY).json --out $(OUT) --set pretrained_model_name_or_path=$(OUT)/base \
-	  --set model_type=full --set max_train_steps=2000 --set learning_rate=0.003
+	$(BIN)/python -m pipelines.recipes.demo.random_base --family $(FAMILY) --out $(OUT)/from-scratch
+	$(BIN)/kubetuner run --config $(OUT)/from-scratch/config.json --out $(OUT)
 else
 	$(BIN)/kubetuner run --config $(DEMO)/$(FAMILY).json --out $(OUT)
 endif
@@ -36,7 +35,9 @@ endif
 test: $(READY)  ## Run the whole suite
 	$(BIN)/python -m pytest
 
-check: $(READY)  ## Lint, types and layers
+check: lint test  ## Lint, types, layers and the suite
+
+lint: $(READY)  ## Lint, types and layers alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
