@@ -2,12 +2,13 @@
 
 The floor is forward, loss, backward, clipping and AdamW on batches that are already noised, and nothing else. Both run
 in turns in one process on the same tensors; the figures are medians of CPU time per step, so that other load matters
-little. Run ``python bench/training_overhead.py [--steps N] [--sizes unit,mid]``.
+little. Run ``python -m bench.training_overhead [--steps N] [--sizes unit,mid]``.
 """
 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
 
 import argparse
 import itertools

@@ -30,9 +30,8 @@ def plan(config: dict, data_backend_config: list, report: dsl.Output[dsl.Markdow
     """
     from pathlib import Path
 
-    from kubetuner.steps.plan import make_plan
-
     from kubetuner.steps.boundary import whole_numbers
+    from kubetuner.steps.plan import make_plan
 
     made = make_plan(whole_numbers(config), whole_numbers(data_backend_config), cwd=Path.cwd())
     Path(report.path).write_text(made.markdown, encoding="utf-8")

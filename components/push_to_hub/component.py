@@ -25,10 +25,9 @@ def push_to_hub(
     """
     from pathlib import Path
 
-    from kubetuner.steps.push_to_hub import push_to_hub
-
     from kubetuner.config.sections import PushSection
     from kubetuner.steps.boundary import facts
+    from kubetuner.steps.push_to_hub import push_to_hub
 
     paths = Path(model.path), Path(evaluation.path), Path(published.path)
     published.metadata.update(facts(push_to_hub(PushSection.from_json(section), *paths)))

@@ -28,10 +28,9 @@ def train(
     """
     from pathlib import Path
 
-    from kubetuner.steps.train import train
-
     from kubetuner.config.sections import TrainSection
     from kubetuner.steps.boundary import facts, write_metrics
+    from kubetuner.steps.train import train
 
     inputs = [Path(a.path) for a in latents], [Path(a.path) for a in text_embeds]
     made = train(TrainSection.from_json(section), *inputs, Path(model.path))
