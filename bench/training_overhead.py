@@ -12,6 +12,7 @@ os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error", H
 
 import argparse
 import itertools
+import json
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from kubetuner.training.optimizers import make_optimizer
 from pipelines.recipes.demo.models import build_pipeline, write_pipeline
 
 FAMILIES = ("pixart_sigma", "sdxl", "sana")
-PRINT_READY = "import bench.training_overhead as bench; bench.first_step({family!r}, {base!r})"
+DEMO = Path("pipelines/recipes/demo")
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,10 @@ def main() -> None:
             for size in arguments.sizes.split(","):
                 for model_type in ("full", "lora"):
                     measure(family, size, model_type, arguments.steps, Path(scratch))
-        for family in FAMILIES:
-            started = time.perf_counter()
-            code = PRINT_READY.format(family=family, base=str(Path(scratch) / family))
-            subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
-            print(f"first step of {family} after {time.perf_counter() - started:.1f} s from process start")
+    print("first step of `kubetuner step train` on the demo's caches, from process start:")
+    for family in FAMILIES:
+        with tempfile.TemporaryDirectory() as scratch:
+            print(f"{family:13} {seconds_to_first_step(family, Path(scratch)):6.1f} s", flush=True)
 
 
 def measure(family: str, size: str, model_type: str, steps: int, scratch: Path) -> None:
@@ -217,13 +217,38 @@ def mid_sana() -> nn.Module:
     return model
 
 
-def first_step(family: str, base: str) -> None:
-    """Load a base and take one step; called in a fresh process."""
-    ref = ModelRef.model_validate({"family": family, "path": base})
-    model = load_family(ref.family).load_denoiser(ref, torch.device("cpu"), torch.float32)
-    with tempfile.TemporaryDirectory() as scratch:
-        job = make_job(family, model, "lora", 1, Path(base), 8)
-        train_denoiser(job, Checkpoints(Path(scratch), "key", 1), lambda _values, _step: None)
+def seconds_to_first_step(family: str, scratch: Path) -> float:
+    """Run the demo's steps up to ``train``, then time ``kubetuner step train`` from process start to its first step."""
+    config = json.loads((DEMO / f"{family}.json").read_text(encoding="utf-8")) | {"max_train_steps": 1}
+    config = {**config, "lr_warmup_steps": 0}
+    file, sections = scratch / "config.json", scratch / "plan" / "sections.json"
+    file.write_text(json.dumps(config), encoding="utf-8")
+    run_step("plan", "--in", f"config={file}", "--in", f"data={DEMO / 'multidatabackend.json'}", out=scratch / "plan")
+    run_step("download_dataset", "--section", str(sections), out=scratch / "dataset")
+    for step in ("cache_vae", "cache_text_embeds"):
+        run_step(step, "--section", str(sections), "--in", f"dataset={scratch / 'dataset'}", out=scratch / step)
+    caches = ("--in", f"latents={scratch / 'cache_vae'}", "--in", f"text_embeds={scratch / 'cache_text_embeds'}")
+    started = time.perf_counter()
+    with command("train", "--section", str(sections), *caches, out=scratch / "model") as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("train: 1/1"):
+                return time.perf_counter() - started
+    raise SystemExit(f"training {family} did not reach its first step")
+
+
+def run_step(*arguments: str, out: Path) -> None:
+    """Run one step to its end."""
+    with command(*arguments, out=out) as process:
+        said = process.communicate()[1]
+    if process.returncode:
+        raise SystemExit(said)
+
+
+def command(*arguments: str, out: Path) -> "subprocess.Popen[str]":
+    """``kubetuner step`` in a fresh process."""
+    whole = [str(Path(sys.executable).with_name("kubetuner")), "step", *arguments, "--out", str(out)]
+    return subprocess.Popen(whole, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ import hashlib
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import uuid
 import warnings
@@ -26,6 +28,8 @@ from kubetuner.errors import StepError
 from pipelines.local_log import ANSI, RootHandler, RunLog, TaskLog, cause_of
 
 SHOWN_LINES = 12
+# A step that is stopped saves a checkpoint; pods get 30 s for that by default.
+GRACE_SECONDS = 30
 
 
 class TaskFailedError(StepError):
@@ -115,6 +119,7 @@ def run_local(
 
     Raises:
         TaskFailedError: A step failed; the message ends with the step's last lines.
+        KeyboardInterrupt: SIGINT or SIGTERM arrived; the running steps have been stopped.
     """
     out = out.resolve()
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -128,7 +133,7 @@ def run_local(
             pipeline = load_pipeline()
             _start(out, scratch / "workspace")
             try:
-                with _captured(log):
+                with _captured(log), _stopped_together():
                     outputs = pipeline(**arguments).outputs
             except RuntimeError as error:
                 raise _failure(log, log_file, error) from error
@@ -180,6 +185,32 @@ def _captured(log: RunLog) -> Iterator[None]:
         builtins.print = original_print
         root.handlers[:] = handlers
         root.setLevel(level)
+
+
+@contextlib.contextmanager
+def _stopped_together() -> Iterator[None]:
+    """Stop the running steps when this process is told to stop; kfp would leave them running on their own."""
+    import psutil
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, interrupt) if in_main else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        children = psutil.Process().children(recursive=True)
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.terminate()
+        for child in psutil.wait_procs(children, timeout=GRACE_SECONDS)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        raise
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

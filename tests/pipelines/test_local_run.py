@@ -2,6 +2,9 @@
 
 import io
 import logging
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -92,6 +95,46 @@ def test_a_failure_names_the_step_and_its_cause(tmp_path):
     assert "the real reason" in caught.value.log.read_text()
     assert "\x1b" not in str(caught.value)
     assert str(caught.value).startswith("gather failed: ValueError: the real reason\n")
+
+
+WAITING = """
+import io, sys
+from pathlib import Path
+from kfp import dsl
+from pipelines.local import child_environment, run_local
+
+@dsl.component(base_image="local/python-test", install_kfp_package=False)
+def wait(folder: str):
+    import signal, sys, time
+    from pathlib import Path
+    def save(*_args):
+        Path(folder, "saved").touch()
+        sys.exit(1)
+    signal.signal(signal.SIGTERM, save)
+    print("waiting", flush=True)
+    time.sleep(300)
+
+@dsl.pipeline(name="waiting")
+def waiting(folder: str):
+    wait(folder=folder)
+
+out = Path(sys.argv[1])
+run_local(lambda: waiting, {"folder": str(out)}, out, child_environment(Path.cwd(), out))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_stops_its_steps(tmp_path, number):
+    (tmp_path / "waiting.py").write_text(WAITING)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    command = [sys.executable, str(tmp_path / "waiting.py"), str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any("waiting" in line and "started" not in line for line in process.stdout)
+        process.send_signal(number)
+        process.stdout.read()  # ends when no step holds the other end
+    assert process.returncode != 0
+    assert (tmp_path / "saved").exists()
 
 
 def test_an_error_of_ours_is_shown_without_frames():
