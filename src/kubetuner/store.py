@@ -5,14 +5,15 @@
     <root>/shards/<sha256>.safetensors          tensors named "<key>.<name>"
     <root>/index/<namespace>/<sha256>.json      which keys the shard holds; written after the shard, by rename
 
-A shard without an index entry is invisible, so a writer that is killed at any byte leaves nothing half-written behind.
-Shards are never changed: new samples go to new shards.
+A shard without an index entry is invisible, so of a writer that is killed at any byte nothing half-written is seen; at
+most a ``.tmp`` file stays behind. Shards are never changed: new samples go to new shards.
 """
 
+import hashlib
 import logging
 import os
-import uuid
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,8 @@ class Store:
     def known(self, namespace: str) -> dict[str, ShardEntry]:
         """Sample key → shard, for every undamaged shard of ``namespace``.
 
-        A shard whose size or checksum is wrong is named in the log and removed, so its samples are encoded again.
+        A shard whose size or checksum is wrong is named in the log and its index entry removed, so that its samples
+        are encoded again. The file stays: another process may be putting an undamaged one in its place.
         """
         found: dict[str, ShardEntry] = {}
         for entry in sorted((self.root / "index" / namespace).glob("*.json")):
@@ -61,49 +63,71 @@ class Store:
         return found
 
     def write_shard(self, namespace: str, samples: Mapping[str, Mapping[str, "Tensor"]]) -> ShardEntry:
-        """Store ``samples`` (key → name → contiguous CPU tensor) as one shard, the index entry last."""
-        from safetensors.torch import save_file
+        """Store ``samples`` (key → name → contiguous CPU tensor) as one shard, the index entry last.
+
+        Equal samples in any order make the same shard: safetensors sorts them.
+        """
+        from safetensors.torch import save
 
         tensors = {
-            f"{key}.{name}": tensor.contiguous() for key in sorted(samples) for name, tensor in samples[key].items()
+            f"{key}.{name}": tensor.contiguous() for key, named in samples.items() for name, tensor in named.items()
         }
-        # Not the process id: pods that share a store have the same one.
-        staging = self.root / "shards" / f".writing-{uuid.uuid4().hex}"
-        write_atomically(staging, lambda path: save_file(tensors, path))
-        digest = sha256_of(staging)
-        shard = ShardEntry(
-            file=f"{digest}.safetensors", samples=len(samples), bytes=staging.stat().st_size, sha256=digest
-        )
-        staging.replace(self.path(shard.file))
+        data = save(tensors)
+        digest = hashlib.sha256(data).hexdigest()
+        shard = ShardEntry(file=f"{digest}.safetensors", samples=len(samples), bytes=len(data), sha256=digest)
+        write_atomically(self.path(shard.file), lambda path: path.write_bytes(data))
         index = _Index(shard=shard, keys=tuple(sorted(samples))).model_dump_json()
         write_atomically(
             self.root / "index" / namespace / f"{digest}.json", lambda path: path.write_text(index, encoding="utf-8")
         )
         return shard
 
-    def tensor_names(self, shard: ShardEntry) -> frozenset[str]:
-        """Names of the tensors that each sample of ``shard`` has, from the file's header."""
+    def shapes(self, shards: Iterable[ShardEntry]) -> dict[str, tuple[int | None, ...]]:
+        """Name → shape of the tensors that each sample of ``shards`` has, from the files' headers.
+
+        An axis whose size is not the same in all samples is ``None``.
+        """
         from safetensors import safe_open
 
-        with safe_open(self.path(shard.file), framework="np") as file:
-            return frozenset(key.partition(".")[2] for key in file.keys())  # noqa: SIM118
+        seen: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+        for shard in shards:
+            with safe_open(self.path(shard.file), framework="np") as file:
+                for tensor in file.keys():  # noqa: SIM118
+                    seen[tensor.partition(".")[2]].add(tuple(file.get_slice(tensor).get_shape()))
+        return {
+            name: tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*seen[name], strict=True))
+            for name in sorted(seen)
+        }
 
     def verify(self, shard: ShardEntry) -> None:
         """Check that a shard is there and undamaged.
 
         Raises:
-            ArtifactError: It is not; names the file and the step to run again.
+            ArtifactError: It is not; names the file, what is wrong with it and the steps to run again.
         """
+        if damage := self._damage(shard):
+            raise ArtifactError(f"shard {self.path(shard.file)} {damage}; run cache_vae and cache_text_embeds again")
+
+    def _damage(self, shard: ShardEntry) -> str:
+        """What is wrong with a shard, or nothing."""
         path = self.path(shard.file)
-        if not path.is_file() or path.stat().st_size != shard.bytes or sha256_of(path) != shard.sha256:
-            raise ArtifactError(f"shard {path} is missing or damaged; run cache_vae and cache_text_embeds again")
+        if not path.is_file():
+            return "is missing"
+        if path.stat().st_size != shard.bytes:
+            return f"is damaged: it has {path.stat().st_size} bytes, expected {shard.bytes}"
+        return "" if sha256_of(path) == shard.sha256 else "is damaged: its bytes do not have the checksum in its name"
 
     def _read(self, entry: Path) -> _Index | None:
         try:
             index = _Index.model_validate_json(entry.read_bytes())
-            self.verify(index.shard)
-        except (ValidationError, ArtifactError) as problem:
-            logger.warning("%s: its samples are encoded again: %s", entry.name, problem)
+        except FileNotFoundError:  # Another process found its shard damaged first.
+            return None
+        except ValidationError as problem:
+            logger.warning("index entry %s is damaged, its samples are encoded again: %s", entry, problem)
+            return None
+        if damage := self._damage(index.shard):
+            path = self.path(index.shard.file)
+            logger.warning("shard %s %s; its %d samples are encoded again", path, damage, index.shard.samples)
             return None
         return index
 

@@ -2,9 +2,10 @@
 
 Every batch is a function of the seed and its position alone, so a resumed run needs no sampler state. An epoch visits
 each sample ``repeats + 1`` times, except those that do not fill a batch of their bucket; who they are changes with the
-epoch's shuffle.
+epoch's shuffle. A bucket that cannot fill one batch is never visited, which the log says.
 """
 
+import logging
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from kubetuner.config.sections import DatasetSampling, TrainSection
 from kubetuner.data.shards import ShardReader
 from kubetuner.errors import ArtifactError, DatasetError
 from kubetuner.store import resolve_store
+
+logger = logging.getLogger(__name__)
 
 # Encoded samples below this size in all stay in memory after their first use.
 MEMORY_BUDGET_BYTES = 2 << 30
@@ -53,7 +56,7 @@ class Batches:
 
     Raises:
         ArtifactError: The caches are damaged or were made of different datasets.
-        DatasetError: A dataset cannot fill one batch.
+        DatasetError: Datasets cannot fill one batch; names each of them.
     """
 
     def __init__(
@@ -129,11 +132,13 @@ class EncodedSamples:
         self.rows: list[LatentRow] = []
         self.captions: dict[str, tuple[str, ...]] = {}
         parents: dict[str, Path] = {}
+        skipped: set[str] = set()
         for folder in latents:
             artifact = read_artifact(folder, LatentsArtifact)
             self._open(folder, artifact)
             parents.setdefault(artifact.parents[0], folder)
             self.rows += read_rows(folder, "latents.jsonl", LatentRow)
+            skipped |= {skip.name for skip in artifact.skipped}
         for folder in text_embeds:
             embeds = read_artifact(folder, TextEmbedsArtifact)
             self._open(folder, embeds)
@@ -147,6 +152,12 @@ class EncodedSamples:
         if without:
             raise ArtifactError(
                 f"{len(without)} samples such as {without[0]} have no caption; run cache_text_embeds again"
+            )
+        without = sorted(self.captions.keys() - {row.sample for row in self.rows} - skipped)
+        if without:
+            raise ArtifactError(
+                f"{len(without)} samples such as {without[0]} have captions and no latents; give the latents of all "
+                "shards, or run cache_vae again"
             )
 
     def latents(self, row: LatentRow) -> Tensor:
@@ -185,16 +196,25 @@ def _float(tensor: Tensor) -> Tensor:
 def _buckets(section: TrainSection, rows: Sequence[LatentRow]) -> dict[str, list[list[LatentRow]]]:
     """Dataset → its buckets with repeats, those that fill a batch."""
     found: dict[str, list[list[LatentRow]]] = {}
+    problems: list[str] = []
     for dataset in section.datasets:
         groups: dict[tuple[int, int], list[LatentRow]] = defaultdict(list)
         for row in sorted(rows, key=lambda row: row.sample):
             if row.dataset == dataset.id:
                 groups[row.target_size].append(row)
-        repeated = [groups[size] * (dataset.repeats + 1) for size in sorted(groups)]
-        full = [bucket for bucket in repeated if len(bucket) >= section.train_batch_size]
+        repeated = {size: groups[size] * (dataset.repeats + 1) for size in sorted(groups)}
+        full = {size: bucket for size, bucket in repeated.items() if len(bucket) >= section.train_batch_size}
+        found[dataset.id] = list(full.values())
         if not full:
-            raise DatasetError(_too_small(dataset, groups, section.train_batch_size))
-        found[dataset.id] = full
+            problems.append(_too_small(dataset, groups, section.train_batch_size))
+            continue
+        for width, height in sorted(repeated.keys() - full.keys()):
+            logger.warning(
+                "dataset %s: the %d samples of bucket %dx%d, used %d time(s) each, do not fill a batch of %d: left out",
+                dataset.id, len(groups[width, height]), width, height, dataset.repeats + 1, section.train_batch_size,
+            )  # fmt: skip
+    if problems:
+        raise DatasetError("; ".join(problems))
     return found
 
 
@@ -205,5 +225,6 @@ def _too_small(dataset: DatasetSampling, groups: dict[tuple[int, int], list[Late
     most = max(len(rows) for rows in groups.values())
     return (
         f"dataset {dataset.id!r} cannot fill one batch of {size}: its buckets hold {counts} samples, used "
-        f"{dataset.repeats + 1} time(s) each; set repeats to {-(-size // most) - 1} or train_batch_size to {most}"
+        f"{dataset.repeats + 1} time(s) each; set repeats to {-(-size // most) - 1} or train_batch_size to "
+        f"{most * (dataset.repeats + 1)}"
     )

@@ -31,11 +31,12 @@ class ShardReader:
         """The tensors ``names`` of the sample ``key``, copied out of the shard, in their stored dtype.
 
         Raises:
-            ArtifactError: The shard is missing or does not hold the sample.
+            ArtifactError: The shard is missing, damaged or does not hold the sample.
         """
         handle = self._handle(shard)
         try:
-            return {name: handle.get_tensor(f"{key}.{name}") for name in names}
+            # safetensors gives views into the mapped file; what is done to one would show in the next read.
+            return {name: handle.get_tensor(f"{key}.{name}").clone() for name in names}
         except SafetensorError as error:
             raise ArtifactError(
                 f"{self._store.path(shard)} holds no sample {key[:12]} ({error}); run the caches again"
@@ -46,5 +47,8 @@ class ShardReader:
             path = self._store.path(shard)
             if not path.is_file():
                 raise ArtifactError(f"shard {path} is missing; run the step that caches it again")
-            self._open[shard] = safe_open(path, framework="pt")
+            try:
+                self._open[shard] = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise ArtifactError(f"shard {path} is damaged ({error}); run the step that caches it again") from error
         return self._open[shard]
