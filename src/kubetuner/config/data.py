@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kubetuner.config.data_crops import read_crop
 from kubetuner.config.data_keys import PICTURE_SCHEMA, TEXT_SCHEMA
 from kubetuner.config.keys import Values, plain_name, read
 from kubetuner.config.sections import DatasetGeometry, DatasetSampling, DatasetSource, Geometry
@@ -166,7 +167,7 @@ def _read_pictures(
         problems.append(Problem(f"{where}.instance_data_dir", "is missing; expected the folder of the pictures."))
     _check_captions(values, run, where, problems)
     _check_role(values, where, seen, problems, facts=facts)
-    geometry = _geometry(values, run, where, problems)
+    geometry = _geometry(values, run, where, problems, seen.notes)
     if len(problems) > before or not values.text("id"):
         return None
     name = values.text("id")
@@ -228,7 +229,7 @@ def _check_role(values: Values, where: str, seen: _Seen, problems: list[Problem]
         seen.notes.append(f"{where}.`is_regularisation_data`: {reason}")
 
 
-def _geometry(values: Values, run: Values, where: str, problems: list[Problem]) -> Geometry:
+def _geometry(values: Values, run: Values, where: str, problems: list[Problem], notes: list[str]) -> Geometry:
     before = len(problems)
     names = ("resolution", "resolution_type", "aspect_bucket_alignment", "aspect_bucket_rounding", *_SIZES[1:])
     both = Values({name: values.get(name) if name in values else run.get(name) for name in names})
@@ -245,7 +246,7 @@ def _geometry(values: Values, run: Values, where: str, problems: list[Problem]) 
     if len(problems) == before:  # sizes in mixed-up units cannot be compared
         _check_maximum(values, both, where, problems)
     chosen = {name: both.get(name) for name in names if both.get(name) is not None}
-    return Geometry.model_validate({**chosen, **values.pick("crop", "crop_style", "crop_aspect")})
+    return Geometry.model_validate({**chosen, **read_crop(values, where, problems, notes)})
 
 
 def _size_fault(name: str, size: float, unit: str) -> str:

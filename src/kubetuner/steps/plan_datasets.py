@@ -81,7 +81,7 @@ def measure(entry: PictureData, cwd: Path, problems: list[Problem]) -> Measured:
 
 
 def _place(picture: Path, measured: Measured) -> None:
-    from kubetuner.data.geometry import TooSmall, place
+    from kubetuner.data.geometry import LeftOut, place
 
     name = picture.relative_to(measured.root).as_posix()
     try:
@@ -93,7 +93,7 @@ def _place(picture: Path, measured: Measured) -> None:
         measured.skipped.append((name, f"cannot be read ({type(error).__name__})"))
         return
     placement = place(measured.entry.geometry.geometry, width, height, name)
-    if isinstance(placement, TooSmall):
+    if isinstance(placement, LeftOut):
         measured.skipped.append((name, placement.reason))
     else:
         measured.buckets.setdefault(placement.bucket, []).append(placement.target_size)

@@ -26,7 +26,26 @@ def texts(**more):
         ({"crop": "False"}, "crop", "true or false"),
         ({"crop_style": "middle"}, "crop_style", "'random' or 'center' or 'centre' or 'corner'"),
         ({"crop_style": "face"}, "crop_style", "not available yet"),
-        ({"crop_aspect": "closest"}, "crop_aspect", "not available yet"),
+        ({"crop_aspect": "widest"}, "crop_aspect", "'preserve' or 'closest' or 'random'"),
+        ({"crop_aspect": "closest", "crop_aspect_buckets": [1.0]}, "crop_aspect", "set crop to true"),
+        ({"crop": True, "crop_aspect": "closest"}, "crop_aspect_buckets", "is missing"),
+        ({"crop": True, "crop_aspect": "random", "crop_aspect_buckets": []}, "crop_aspect_buckets", "needs a list"),
+        ({"crop": True, "crop_aspect": "random", "crop_aspect_buckets": [0]}, "crop_aspect_buckets", "above 0"),
+        ({"crop": True, "crop_aspect": "random", "crop_aspect_buckets": [True]}, "crop_aspect_buckets", "above 0"),
+        (
+            {"crop": True, "crop_aspect": "random", "crop_aspect_buckets": [1.0, {"aspect": 1, "weight": 1}]},
+            "crop_aspect_buckets",
+            "not a mixture",
+        ),
+        (
+            {"crop": True, "crop_aspect": "random", "crop_aspect_buckets": [{"aspect": 1, "weight": 0.5}]},
+            "crop_aspect_buckets",
+            "add up to 0.5",
+        ),
+        ({"crop": True, "crop_aspect_buckets": [1.0]}, "crop_aspect_buckets", "would not be used"),
+        ({"minimum_aspect_ratio": 2, "maximum_aspect_ratio": 1}, "minimum_aspect_ratio", "no picture fits"),
+        ({"crop": True, "minimum_aspect_ratio": 1.5}, "minimum_aspect_ratio", "leaves out every picture"),
+        ({"crop": True, "maximum_aspect_ratio": 0.5}, "maximum_aspect_ratio", "leaves out every picture"),
         ({"type": "aws"}, "type", "not available yet"),
         ({"type": "huggingface"}, "type", "not available yet"),
         ({"dataset_type": "conditioning"}, "dataset_type", "not available yet"),
@@ -104,3 +123,27 @@ def test_accepted_spellings(monkeypatch) -> None:
     assert second.source.dataset_type == "eval"
     assert run.sections.evaluate.eval_datasets == ("b",)
     assert [one.id for one in run.sections.train.datasets] == ["a"]
+
+
+def test_aspect_ratios_reach_the_geometry() -> None:
+    listed = image(crop=True, crop_aspect="closest", crop_aspect_buckets=[0.5, 1, 1.5], minimum_aspect_ratio=0.6)
+    weighted = [{"aspect": 1.0, "weight": 0.7}, {"aspect": 1.5, "weight": 0.3}]
+    drawn = image(id="b", crop=True, crop_aspect="random", crop_aspect_buckets=weighted, maximum_aspect_ratio=2)
+    first, second = (entry.geometry for entry in load(CONFIG, [listed, drawn]).sections.cache_vae.datasets)
+    assert first.crop_aspect_buckets == ((0.5, 1.0), (1.0, 1.0), (1.5, 1.0))
+    assert (first.crop_aspect, first.minimum_aspect_ratio, first.maximum_aspect_ratio) == ("closest", 0.6, None)
+    assert second.crop_aspect_buckets == ((1.0, 0.7), (1.5, 0.3))
+    assert (second.crop_aspect, second.minimum_aspect_ratio, second.maximum_aspect_ratio) == ("random", None, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("entry", "key"),
+    [
+        ({"crop": True, "minimum_aspect_ratio": 0.5}, "minimum_aspect_ratio"),
+        ({"crop": False, "crop_aspect": "square"}, "crop_aspect"),
+        ({"maximum_image_size": 2048, "target_downsample_size": 1024}, "maximum_image_size"),
+    ],
+)
+def test_what_has_no_effect_is_noted(entry, key) -> None:
+    (note,) = load(CONFIG, [image(**entry)]).notes
+    assert note.startswith(f"multidatabackend.json[0].`{key}`: ")
