@@ -7,6 +7,7 @@ from typing import Literal
 
 from kubetuner.config.data_crops import read_crop
 from kubetuner.config.data_keys import PICTURE_SCHEMA, TEXT_SCHEMA
+from kubetuner.config.data_sampling import read_sampling
 from kubetuner.config.keys import Values, plain_name, read
 from kubetuner.config.sections import DatasetGeometry, DatasetSampling, DatasetSource, Geometry
 from kubetuner.errors import Problem
@@ -21,6 +22,7 @@ _MOST_MEGAPIXELS = {
     "target_downsample_size": 20.0,
 }
 _FEWEST_PIXELS = 16
+_DISCOVERIES = ("vae", "aspect", "text", "metadata")
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,14 @@ class PictureData:
 
     Attributes:
         where: File and index, for messages.
+        repeats_set: Whether ``repeats`` is the user's; others may be raised (``allow_dataset_oversubscription``).
     """
 
     where: str
     source: DatasetSource
     geometry: DatasetGeometry
     sampling: DatasetSampling
+    repeats_set: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,9 @@ def read_data(
     data = Data(tuple(pictures), tuple(seen.notes))
     if not data.of("image") and not problems:
         problems.append(Problem(file, "has no enabled entry with dataset_type image; there is nothing to train on."))
+    if data.of("image") and all(entry.sampling.is_regularisation_data for entry in data.of("image")):
+        message = "has only regularisation data, whose target is the base model; nothing would be learned."
+        problems.append(Problem(file, message))
     return data
 
 
@@ -166,7 +173,8 @@ def _read_pictures(
     if not values.text("instance_data_dir"):
         problems.append(Problem(f"{where}.instance_data_dir", "is missing; expected the folder of the pictures."))
     _check_captions(values, run, where, problems)
-    _check_role(values, where, seen, problems, facts=facts)
+    sampling = read_sampling(values, where, problems, seen.notes, facts=facts)
+    _note_discovery(values, where, seen, problems)
     geometry = _geometry(values, run, where, problems, seen.notes)
     if len(problems) > before or not values.text("id"):
         return None
@@ -182,6 +190,8 @@ def _read_pictures(
                 "caption_strategy",
                 "prepend_instance_prompt",
                 "only_instance_prompt",
+                "disable_multiline_split",
+                "max_num_samples",
             ),
             "instance_prompt": captions.texts("instance_prompt"),
         }
@@ -190,8 +200,21 @@ def _read_pictures(
         where,
         source,
         DatasetGeometry(id=name, geometry=geometry),
-        DatasetSampling.model_validate(values.pick("id", "repeats", "probability")),
+        sampling,
+        repeats_set="repeats" in values,
     )
+
+
+def _note_discovery(values: Values, where: str, seen: _Seen, problems: list[Problem]) -> None:
+    """``skip_file_discovery``: its words are checked, and skipping is not needed."""
+    words = values.text("skip_file_discovery").replace(",", " ").split()
+    unknown = [word for word in words if word not in _DISCOVERIES]
+    if unknown:
+        message = f"names {', '.join(unknown)}; expected words of {', '.join(_DISCOVERIES)}."
+        problems.append(Problem(f"{where}.skip_file_discovery", message))
+    elif words:
+        reason = "a folder is listed once, by the plan, and caches are found by content without a scan"
+        seen.notes.append(f"{where}.`skip_file_discovery`: {reason}")
 
 
 def _check_captions(values: Values, run: Values, where: str, problems: list[Problem]) -> None:
@@ -211,22 +234,6 @@ def _check_captions(values: Values, run: Values, where: str, problems: list[Prob
     if "instance_prompt" in values and not wants:
         message = "would not be used; set caption_strategy to instanceprompt or prepend_instance_prompt to true."
         problems.append(Problem(f"{where}.instance_prompt", message))
-
-
-def _check_role(values: Values, where: str, seen: _Seen, problems: list[Problem], *, facts: Mapping[str, str]) -> None:
-    held_out = values.text("dataset_type") == "eval"
-    if held_out and values.integer("repeats", 0) > 0:
-        problems.append(Problem(f"{where}.repeats", "has no meaning with dataset_type eval; remove it."))
-    if held_out and "probability" in values:
-        problems.append(Problem(f"{where}.probability", "has no meaning with dataset_type eval; remove it."))
-    if not values.flag("is_regularisation_data"):
-        return
-    if facts.get("model_type") == "lora":
-        message = "is true; regularisation of a LoRA is not available yet; set it to false or disable the dataset."
-        problems.append(Problem(f"{where}.is_regularisation_data", message))
-    else:
-        reason = "has no effect on a full fine-tune: the dataset is trained on like any other"
-        seen.notes.append(f"{where}.`is_regularisation_data`: {reason}")
 
 
 def _geometry(values: Values, run: Values, where: str, problems: list[Problem], notes: list[str]) -> Geometry:

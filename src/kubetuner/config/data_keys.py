@@ -10,7 +10,8 @@ _STORE = "caches are artifacts, kept by content in the store"
 _S3 = "S3 storage is"
 _CSV = "csv storage is"
 _HUB = "datasets from the hub are"
-_CURRICULUM = "a schedule per dataset is"
+_CURRICULUM = "a schedule in epochs (start_step and end_step count optimizer steps) is"
+_LISTED_ANEW = "listings are not kept between runs; each plan lists the folder anew"
 _CONDITIONING = "conditioning datasets are"
 
 _COMMON: dict[str, Rule] = {
@@ -22,7 +23,7 @@ _COMMON: dict[str, Rule] = {
     "read_batch_size": Unneeded("int", "pictures are read as they are needed"),
     "text_cache_ondemand": Later("encoding captions while training is", (False,)),
     "text_cache_disable": Later("training without cached text embeddings is", (False,)),
-    "preserve_data_backend_cache": Later("keeping listings between runs is", (False,)),
+    "preserve_data_backend_cache": Unneeded("bool", _LISTED_ANEW),
     "compress_cache": Later("compression of cached tensors is", (False,)),
     **{f"aws_{name}": Later(_S3) for name in ("bucket_name", "endpoint_url", "access_key_id", "secret_access_key",
                                                "region_name", "session_token", "max_pool_connections")},
@@ -70,17 +71,18 @@ _PICTURES: dict[str, Rule] = {
         {"discovery": "discovery", "json": "discovery"},
         later=frozenset({"parquet", "huggingface", "webshart"}),
     ),
-    "skip_file_discovery": Later("skipping the listing is", ("",)),
+    "skip_file_discovery": Key("str"),
+    "disable_multiline_split": Key("bool"),
     "text_embeds": Key("str"),
     "image_embeds": Later("a separate store of latents is"),
     "default": Later("a default picture dataset is", (False,)),
     "disable_validation": Later("switching off checks is", (False,)),
-    "max_num_samples": Later("training on a part of a dataset is"),
+    "max_num_samples": Key("int", low=1),
     "train_batch_size": Later("a batch size per dataset is"),
     "start_epoch": Later(_CURRICULUM, (0, 1)),
     "end_epoch": Later(_CURRICULUM),
-    "start_step": Later(_CURRICULUM, (0,)),
-    "end_step": Later(_CURRICULUM),
+    "start_step": Key("int", low=0),
+    "end_step": Key("int", low=1),
     "timestep_sampling_offset": Later("an offset of timesteps per dataset is", (0,)),
     "parquet": Later("captions from parquet files are"),
     "caption_shuffle": Later("shuffling of captions is"),

@@ -115,6 +115,8 @@ DATA_RULES: dict[str, Rule] = {
     "aspect_bucket_rounding": Key("int", low=1, high=9),
     "aspect_bucket_alignment": Key("int", low=8, high=64),
     "max_skipped_share": Key("float", low=0, high=1),
+    "allow_dataset_oversubscription": Key("bool"),
+    "preserve_data_backend_cache": Unneeded("bool", "listings are not kept between runs"),
     "cache_dir": Unneeded("str", "caches are artifacts, kept by content in the store"),
     "cache_dir_vae": Unneeded("str", "caches are artifacts, kept by content in the store"),
     "cache_dir_text": Unneeded("str", "caches are artifacts, kept by content in the store"),

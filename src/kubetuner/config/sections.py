@@ -45,6 +45,8 @@ class DatasetSource(Section):
         instance_prompt: One or several prompts for ``instanceprompt``, or to prepend.
         prepend_instance_prompt: Caption becomes "instance_prompt caption".
         only_instance_prompt: Caption becomes the instance prompt.
+        disable_multiline_split: A caption file is one caption, not one per line.
+        max_num_samples: So many pictures at most, chosen by ``id`` and always the same; ``None`` for all.
         revision: Hash of the listing (names, sizes, modification times), resolved by ``plan``.
     """
 
@@ -56,6 +58,8 @@ class DatasetSource(Section):
     instance_prompt: tuple[str, ...] = ()
     prepend_instance_prompt: bool = False
     only_instance_prompt: bool = False
+    disable_multiline_split: bool = False
+    max_num_samples: int | None = None
     revision: str = ""
 
 
@@ -171,11 +175,22 @@ class LoraSettings(Section):
 
 
 class DatasetSampling(Section):
-    """How often a dataset is drawn from. ``repeats`` counts extra passes per epoch; 0 is one pass."""
+    """How often and when a dataset is drawn from.
+
+    Attributes:
+        repeats: Extra passes per epoch; 0 is one pass.
+        probability: Weight against the other datasets (``data_backend_sampling``).
+        start_step: First optimizer step that draws from it, from 1; 0 is the same as 1.
+        end_step: Last optimizer step that draws from it; ``None`` for no end.
+        is_regularisation_data: A LoRA's target is the base model's own prediction instead of the noise.
+    """
 
     id: str
     repeats: int = 0
     probability: float = 1.0
+    start_step: int = 0
+    end_step: int | None = None
+    is_regularisation_data: bool = False
 
 
 class FlowSchedule(Section):

@@ -30,6 +30,7 @@ from kubetuner.data.pictures import PictureError, check_picture, read_picture
 from kubetuner.errors import DatasetError
 from kubetuner.progress import Progress
 from kubetuner.sources.local import PICTURE_EXTENSIONS, list_pictures, listing_revision
+from kubetuner.sources.subset import subset
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def _list(sources: Sequence[DatasetSource]) -> list[_Picture]:
         if not found:
             known = " ".join(sorted(PICTURE_EXTENSIONS))
             problems.append(f"dataset {source.id!r}: no picture in {root} (looked for {known})")
-        pictures += (_Picture(source, root, path) for path in found)
+        pictures += (_Picture(source, root, path) for path in subset(found, source.id, source.max_num_samples))
     if problems:
         raise DatasetError("; ".join(problems))
     return pictures

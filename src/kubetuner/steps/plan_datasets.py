@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from kubetuner.config.data import PictureData
+from kubetuner.config.schedule import stages
 from kubetuner.config.sections import TrainSection
 from kubetuner.errors import DatasetError, Problem
 
@@ -55,6 +56,7 @@ class Measured:
 def measure(entry: PictureData, cwd: Path, problems: list[Problem]) -> Measured:
     """Place every picture by its header; a missing folder or caption is appended to ``problems``."""
     from kubetuner.sources.local import list_pictures, listing_revision
+    from kubetuner.sources.subset import subset
 
     root = (cwd / entry.source.instance_data_dir).expanduser().resolve()
     measured = Measured(entry, root)
@@ -64,7 +66,7 @@ def measure(entry: PictureData, cwd: Path, problems: list[Problem]) -> Measured:
         problems.append(Problem(place, f"{root} is not a folder; create it or correct the path."))
         return measured
     try:
-        pictures = list_pictures(root)
+        pictures = subset(list_pictures(root), entry.source.id, entry.source.max_num_samples)
         measured.revision = listing_revision(root)
     except DatasetError as error:
         measured.exists = False
@@ -113,10 +115,16 @@ def _check_captions(pictures: Sequence[Path], measured: Measured, problems: list
 
 
 def kept_buckets(measured: Measured, train: TrainSection) -> dict[str, int]:
-    """Pictures per epoch, repeats counted, of the buckets that fill a batch; the others are never drawn from."""
+    """Pictures, repeats counted, of the buckets that fill a batch; the others are never drawn from."""
     passes = measured.entry.sampling.repeats + 1
     counted = {name: len(sizes) * passes for name, sizes in measured.buckets.items()}
     return {name: count for name, count in counted.items() if count >= train.train_batch_size}
+
+
+def drawn_per_epoch(measured: Measured, train: TrainSection) -> int:
+    """Samples of a dataset that one epoch sees: whole batches, repeats counted."""
+    size = train.train_batch_size
+    return sum(count // size * size for count in kept_buckets(measured, train).values())
 
 
 def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
@@ -144,6 +152,8 @@ def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
         advice += f", or train_batch_size to {fitting}"
     elif train.gradient_accumulation_steps > 1:
         advice += f", or train_batch_size to 1 and gradient_accumulation_steps to {fullest * (repeats + 1)}"
+    if not measured.entry.repeats_set:
+        advice += ", or allow_dataset_oversubscription to true in config.json"
     message = (
         f"one optimizer step needs train_batch_size {train.train_batch_size} x gradient_accumulation_steps "
         f"{train.gradient_accumulation_steps} = {effective} pictures of buckets that fill "
@@ -153,11 +163,7 @@ def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
 
 
 def steps_per_epoch(measured: Sequence[Measured], train: TrainSection) -> int:
-    """Optimizer steps per epoch; each bucket's incomplete batch is dropped."""
-    batches = sum(
-        count // train.train_batch_size
-        for one in measured
-        if one.trained_on
-        for count in kept_buckets(one, train).values()
-    )
+    """Optimizer steps per epoch of the first step's datasets; each bucket's incomplete batch is dropped."""
+    first = stages(train.datasets)[0].datasets
+    batches = sum(drawn_per_epoch(one, train) // train.train_batch_size for one in measured if one.id in first)
     return max(math.ceil(batches / train.gradient_accumulation_steps), 1)
