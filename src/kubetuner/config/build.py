@@ -155,6 +155,9 @@ def build_sections(base: Base, data: Data, where: str, cwd: Path, problems: list
                 "model": base.model,
                 "max_length": values.integer("tokenizer_max_length", 0),
                 "instruction": base.instruction,
+                "captions": tuple(
+                    entry.captions for entry in data.pictures if entry.captions.filters or entry.captions.shuffle
+                ),
                 **values.pick("text_encoder_batch_size"),
             }
         ),

@@ -2,9 +2,12 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
+from kubetuner.config.caption_sections import DatasetCaptions
+from kubetuner.config.data_captions import read_filters, read_shuffle
 from kubetuner.config.data_crops import read_crop
 from kubetuner.config.data_keys import PICTURE_SCHEMA, TEXT_SCHEMA
 from kubetuner.config.data_sampling import read_sampling
@@ -38,6 +41,7 @@ class PictureData:
     source: DatasetSource
     geometry: DatasetGeometry
     sampling: DatasetSampling
+    captions: DatasetCaptions
     repeats_set: bool = False
 
 
@@ -63,14 +67,21 @@ class _Seen:
 
     ids: dict[str, str] = field(default_factory=dict)
     cache_dirs: dict[str, str] = field(default_factory=dict)
-    text_ids: set[str] = field(default_factory=set)
+    text_filters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     default_text: str = ""
+    text_of: dict[str, str] = field(default_factory=dict)
     references: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 def read_data(
-    entries: Sequence[object], run: Values, file: str, problems: list[Problem], *, facts: Mapping[str, str]
+    entries: Sequence[object],
+    run: Values,
+    file: str,
+    problems: list[Problem],
+    *,
+    facts: Mapping[str, str],
+    cwd: Path = Path(),
 ) -> Data:
     """Read every entry; what is wrong is appended to ``problems``.
 
@@ -80,6 +91,7 @@ def read_data(
         file: Name of the data file for messages.
         problems: Receives one entry per fault.
         facts: ``model_type``, ``model_family`` and ``output_dir``, for ``{placeholders}`` and checks.
+        cwd: Folder that the paths in the file are relative to.
     """
     seen = _Seen()
     pictures = []
@@ -99,13 +111,14 @@ def read_data(
         _check_id(values, where, seen, problems)
         seen.notes.extend(f"{where}.{note}" for note in values.notes)
         if kind == "text_embeds":
-            _read_texts(values, where, seen, problems)
+            _read_texts(values, where, cwd, seen, problems)
         elif (picture := _read_pictures(values, run, where, seen, problems, facts=facts)) is not None:
             pictures.append(picture)
     for where, name in seen.references:
-        if name not in seen.text_ids:
+        if name not in seen.text_filters:
             problems.append(Problem(where, f"names {name!r}, but no entry with dataset_type text_embeds has that id."))
-    data = Data(tuple(pictures), tuple(seen.notes))
+    pictures = [_with_filters(picture, seen) for picture in pictures]
+    data = Data(tuple(pictures), (*seen.notes, *_unused_filters(pictures, seen)))
     if not data.of("image") and not problems:
         problems.append(Problem(file, "has no enabled entry with dataset_type image; there is nothing to train on."))
     if data.of("image") and all(entry.sampling.is_regularisation_data for entry in data.of("image")):
@@ -139,14 +152,31 @@ def _check_id(values: Values, where: str, seen: _Seen, problems: list[Problem]) 
         seen.ids[name] = where
 
 
-def _read_texts(values: Values, where: str, seen: _Seen, problems: list[Problem]) -> None:
-    seen.text_ids.add(values.text("id"))
+def _text_entry(picture: PictureData, seen: _Seen) -> str:
+    """Id of the entry's ``text_embeds``: the one it names, or else the default one, or else the first."""
+    default = seen.default_text or next(iter(seen.text_filters), "")
+    return seen.text_of.get(picture.source.id, default)
+
+
+def _with_filters(picture: PictureData, seen: _Seen) -> PictureData:
+    filters = seen.text_filters.get(_text_entry(picture, seen), ())
+    return replace(picture, captions=picture.captions.model_copy(update={"filters": filters}))
+
+
+def _unused_filters(pictures: Sequence[PictureData], seen: _Seen) -> list[str]:
+    used = {_text_entry(picture, seen) for picture in pictures}
+    unused = (name for name, filters in seen.text_filters.items() if filters and name not in used)
+    return [f"{seen.ids.get(name, name)}.`caption_filter_list`: no dataset names this entry" for name in unused]
+
+
+def _read_texts(values: Values, where: str, cwd: Path, seen: _Seen, problems: list[Problem]) -> None:
+    name = values.text("id")
+    seen.text_filters[name] = read_filters(values, where, cwd, problems)
     if values.flag("default"):
         if seen.default_text:
-            problems.append(
-                Problem(f"{where}.default", f"is true, as in {seen.default_text}; one entry is the default.")
-            )
-        seen.default_text = where
+            other = seen.ids.get(seen.default_text, "another entry")
+            problems.append(Problem(f"{where}.default", f"is true, as in {other}; one entry is the default."))
+        seen.default_text = name
     _check_cache_dir(values, "cache_dir", where, seen, problems)
 
 
@@ -170,12 +200,14 @@ def _read_pictures(
     _check_cache_dir(values, "cache_dir_vae", where, seen, problems)
     if "text_embeds" in values:
         seen.references.append((f"{where}.text_embeds", values.text("text_embeds")))
+        seen.text_of[values.text("id")] = values.text("text_embeds")
     if not values.text("instance_data_dir"):
         problems.append(Problem(f"{where}.instance_data_dir", "is missing; expected the folder of the pictures."))
     _check_captions(values, run, where, problems)
     sampling = read_sampling(values, where, problems, seen.notes, facts=facts)
     _note_discovery(values, where, seen, problems)
     geometry = _geometry(values, run, where, problems, seen.notes)
+    shuffle = read_shuffle(values, where, run.integer("seed", 42), problems)
     if len(problems) > before or not values.text("id"):
         return None
     name = values.text("id")
@@ -201,6 +233,7 @@ def _read_pictures(
         source,
         DatasetGeometry(id=name, geometry=geometry),
         sampling,
+        DatasetCaptions(id=name, shuffle=shuffle),
         repeats_set="repeats" in values,
     )
 

@@ -85,8 +85,8 @@ _PICTURES: dict[str, Rule] = {
     "end_step": Key("int", low=1),
     "timestep_sampling_offset": Later("an offset of timesteps per dataset is", (0,)),
     "parquet": Later("captions from parquet files are"),
-    "caption_shuffle": Later("shuffling of captions is"),
-    "caption_filter_list": Later("filtering of captions is"),
+    "caption_shuffle": Key("json"),
+    "caption_filter_list": Foreign("It belongs to the entry with dataset_type text_embeds that the dataset uses."),
     "conditioning_data": Later(_CONDITIONING),
     "conditioning_type": Later(_CONDITIONING),
     "conditioning": Later(_CONDITIONING),
@@ -108,7 +108,7 @@ _PICTURES: dict[str, Rule] = {
 _TEXTS: dict[str, Rule] = {
     "default": Key("bool"),
     "cache_dir": Key("str"),
-    "caption_filter_list": Later("filtering of captions is"),
+    "caption_filter_list": Key("json"),
 }
 
 _ALIASES: dict[str, Alias] = {

@@ -121,7 +121,7 @@ def load(
     }
     if data is None:
         data, data_name = _data_file(values, cwd, config_name, problems)
-    entries = Data() if data is None else read_data(data, values, data_name, problems, facts=facts)
+    entries = Data() if data is None else read_data(data, values, data_name, problems, facts=facts, cwd=cwd)
     base = read_base(values, config_name, cwd, problems)
     if base is None:
         raise ConfigError(problems)

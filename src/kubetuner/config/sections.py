@@ -7,6 +7,7 @@ bytes and Kubeflow's cache agrees with ours. Fields that change speed but not re
 
 from typing import ClassVar, Literal
 
+from kubetuner.config.caption_sections import DatasetCaptions
 from kubetuner.config.section import Section
 
 FamilyName = Literal["pixart_sigma", "sdxl", "sana"]
@@ -143,6 +144,7 @@ class CacheTextSection(Section):
         instruction: Sana's complex human instruction, empty for none; ignored by other families.
         clean_caption: PixArt's caption cleaning.
         dtype: Stored dtype of embeddings.
+        captions: What is done to captions first, of the datasets whose captions are changed.
         text_encoder_batch_size: Texts encoded at once.
     """
 
@@ -153,7 +155,12 @@ class CacheTextSection(Section):
     instruction: str = ""
     clean_caption: bool = True
     dtype: Literal["bf16", "fp32"] = "fp32"
+    captions: tuple[DatasetCaptions, ...] = ()
     text_encoder_batch_size: int = 16
+
+    def encoding(self) -> dict[str, object]:
+        """The settings that decide a text's embedding: without ``captions``, which decide what the texts are."""
+        return self.model_dump(mode="json", exclude={*self.SPEED_ONLY, "captions"})
 
 
 class LoraSettings(Section):

@@ -57,7 +57,7 @@ def _model(sections: Sections, epoch: int, costs: Costs) -> str:
         ("steps", f"{steps} of {batch} pictures; {epoch} per epoch, {steps / epoch:.1f} epochs"),
         ("learning rate", f"{train.learning_rate:g}, {train.lr_scheduler}, {train.lr_warmup_steps} warm-up steps"),
         ("latents", amount(costs.latents_bytes)),
-        ("text embeddings", f"at most {amount(costs.text_embeds_bytes)}"),
+        ("text embeddings", f"at most {amount(costs.text_embeds_bytes)}, with one caption per picture"),
         ("memory", f"{amount(costs.training_memory_bytes)} for weights and optimizer; activations come on top"),
     ]
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows)
