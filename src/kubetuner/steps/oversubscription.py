@@ -31,7 +31,10 @@ def oversubscribe(measured: Sequence[Measured], train: TrainSection) -> tuple[li
 
 
 def needed_repeats(measured: Measured, train: TrainSection) -> int:
-    """The fewest repeats with which every bucket fills a batch and all together fill an optimizer step."""
-    smallest = min(len(sizes) for sizes in measured.buckets.values())
-    effective = train.train_batch_size * train.gradient_accumulation_steps
-    return max(math.ceil(train.train_batch_size / smallest), math.ceil(effective / measured.samples)) - 1
+    """The fewest repeats with which every bucket fills a batch and their batches fill an optimizer step."""
+    counts = [len(sizes) for sizes in measured.buckets.values()]
+    size = train.train_batch_size
+    passes = math.ceil(size / min(counts))
+    while sum(count * passes // size for count in counts) < train.gradient_accumulation_steps:
+        passes += 1
+    return passes - 1

@@ -11,7 +11,14 @@ from kubetuner.config.sections import ModelRef, Sections
 from kubetuner.errors import ConfigError, Problem
 from kubetuner.steps.oversubscription import oversubscribe
 from kubetuner.steps.plan_costs import Costs, estimate, vae_shape
-from kubetuner.steps.plan_datasets import Measured, bucket_problems, drawn_per_epoch, measure, steps_per_epoch
+from kubetuner.steps.plan_datasets import (
+    Measured,
+    bucket_problems,
+    drawn_per_epoch,
+    measure,
+    steps_per_epoch,
+    unreadable_problems,
+)
 from kubetuner.steps.plan_page import page
 
 _HASH_BLOCK = 1 << 20
@@ -56,6 +63,7 @@ def make_plan(config: Mapping[str, object], data: Sequence[object] | None, *, cw
         measured, raised = oversubscribe(measured, train)
     for one in measured:
         problems.extend(bucket_problems(one, train))
+        problems.extend(unreadable_problems(one, sections.download.max_skipped_share))
     problems.extend(_alignment_problems(sections, run))
     if problems:
         raise ConfigError(problems)

@@ -5,15 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
 from kubetuner.config.data import PictureData
 from kubetuner.config.schedule import stages
 from kubetuner.config.sections import TrainSection
-from kubetuner.errors import DatasetError, Problem
+from kubetuner.errors import DatasetError, Problem, on_one_line
 
-_ORIENTATION = 0x0112
-_TURNED = (5, 6, 7, 8)
 _NAMED = 5
 Size = tuple[int, int]
 
@@ -28,6 +24,7 @@ class Measured:
         revision: Hash of the listing.
         buckets: Target sizes (width, height) of the usable pictures, by bucket.
         skipped: Name and reason of pictures that cannot be used.
+        unreadable: Those among them that are no pictures or damaged; the others are left out by limits.
     """
 
     entry: PictureData
@@ -35,6 +32,7 @@ class Measured:
     revision: str = ""
     buckets: dict[str, list[Size]] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
     exists: bool = True
 
     @property
@@ -83,16 +81,16 @@ def measure(entry: PictureData, cwd: Path, problems: list[Problem]) -> Measured:
 
 
 def _place(picture: Path, measured: Measured) -> None:
+    from kubetuner.data import pictures
     from kubetuner.data.geometry import LeftOut, place
+    from kubetuner.data.pictures import PictureError
 
     name = picture.relative_to(measured.root).as_posix()
     try:
-        with Image.open(picture) as image:
-            width, height = image.size
-            if image.getexif().get(_ORIENTATION) in _TURNED:
-                width, height = height, width
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        measured.skipped.append((name, f"cannot be read ({type(error).__name__})"))
+        width, height = pictures.measure(picture)
+    except PictureError as error:
+        measured.skipped.append((name, error.reason))
+        measured.unreadable.append(name)
         return
     placement = place(measured.entry.geometry.geometry, width, height, name)
     if isinstance(placement, LeftOut):
@@ -133,10 +131,10 @@ def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
         return []
     where = measured.entry.where
     if not measured.samples:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in measured.skipped[:_NAMED])
+        reasons = "; ".join(f"{on_one_line(name)}: {reason}" for name, reason in measured.skipped[:_NAMED])
         return [Problem(where, f"none of its {len(measured.skipped)} pictures is usable ({reasons}).")]
     effective = train.train_batch_size * train.gradient_accumulation_steps
-    if not measured.trained_on or sum(kept_buckets(measured, train).values()) >= effective:
+    if not measured.trained_on or drawn_per_epoch(measured, train) >= effective:
         return []
     repeats = measured.entry.sampling.repeats
     lines = [
@@ -156,10 +154,24 @@ def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
         advice += ", or allow_dataset_oversubscription to true in config.json"
     message = (
         f"one optimizer step needs train_batch_size {train.train_batch_size} x gradient_accumulation_steps "
-        f"{train.gradient_accumulation_steps} = {effective} pictures of buckets that fill "
-        f"a batch, and there are too few: {'; '.join(lines)}. To fix it, {advice}."
+        f"{train.gradient_accumulation_steps} = {effective} pictures in whole batches of "
+        f"one bucket each, and there are too few: {'; '.join(lines)}. To fix it, {advice}."
     )
     return [Problem(f"{where}.repeats", message)]
+
+
+def unreadable_problems(measured: Measured, most: float) -> list[Problem]:
+    """More pictures than ``max_skipped_share`` cannot be read, so ``download_dataset`` would stop."""
+    total = measured.samples + len(measured.skipped)
+    lost = len(measured.unreadable)
+    if not measured.samples or lost <= most * total:
+        return []
+    told = [f"{on_one_line(name)}: {reason}" for name, reason in measured.skipped if name in measured.unreadable]
+    message = (
+        f"{lost} of {total} pictures cannot be read ({'; '.join(told[:_NAMED])}); mend or remove them, or raise "
+        f"max_skipped_share (now {most:g}) in config.json."
+    )
+    return [Problem(f"{measured.entry.where}.instance_data_dir", message)]
 
 
 def steps_per_epoch(measured: Sequence[Measured], train: TrainSection) -> int:

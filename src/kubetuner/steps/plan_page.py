@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from kubetuner.config.load import RunConfig
 from kubetuner.config.schedule import stages, weights
 from kubetuner.config.sections import Sections
+from kubetuner.errors import on_one_line
 from kubetuner.steps.plan_costs import Costs
 from kubetuner.steps.plan_datasets import Measured, drawn_per_epoch, kept_buckets
 
@@ -70,7 +71,7 @@ def _datasets(sections: Sections, measured: Sequence[Measured]) -> str:
         drawn = drawn_per_epoch(one, sections.train) if one.trained_on else 0
         cells = (
             one.id,
-            "trained on" if one.trained_on else "held out",
+            _role(one),
             one.samples,
             len(one.skipped),
             len(one.buckets),
@@ -82,6 +83,12 @@ def _datasets(sections: Sections, measured: Sequence[Measured]) -> str:
     total = sum(drawn_per_epoch(one, sections.train) for one in measured if one.trained_on)
     lines += ["", f"Samples per epoch: {total}; pictures x (repeats + 1), less what fills no batch of its bucket."]
     return "\n".join(lines)
+
+
+def _role(one: Measured) -> str:
+    if not one.trained_on:
+        return "held out"
+    return "keeps the base's answers" if one.entry.sampling.is_regularisation_data else "trained on"
 
 
 def _turns(sections: Sections, measured: Sequence[Measured]) -> str:
@@ -115,7 +122,11 @@ def _skipped(measured: Sequence[Measured]) -> str:
     names = [(one.id, name, reason) for one in measured for name, reason in one.skipped]
     if not names:
         return ""
-    lines = ["## Skipped pictures", "", *(f"- `{owner}/{name}`: {reason}" for owner, name, reason in names[:_NAMED])]
+    lines = [
+        "## Skipped pictures",
+        "",
+        *(f"- `{owner}/{on_one_line(name)}`: {reason}" for owner, name, reason in names[:_NAMED]),
+    ]
     if len(names) > _NAMED:
         lines.append(f"- and {len(names) - _NAMED} more")
     return "\n".join(lines)

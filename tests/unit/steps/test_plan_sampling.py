@@ -162,6 +162,23 @@ def test_a_part_of_a_dataset_is_the_same_part_everywhere(tmp_path: Path) -> None
     }
 
 
+def test_pictures_that_fill_no_whole_batch_do_not_count(tmp_path: Path) -> None:
+    """8 and 8 are 16 pictures, but only 2 batches of 5."""
+    pictures(tmp_path / "a", *[SQUARE] * 2, *[WIDE] * 2)
+    config = {**CONFIG, "train_batch_size": 5, "gradient_accumulation_steps": 3}
+    assert "x gradient_accumulation_steps 3 = 15" in message(config, [entry(repeats=3)], tmp_path)
+    allowing = {**config, "allow_dataset_oversubscription": True}
+    assert repeats(make_plan(allowing, [entry()], cwd=tmp_path)) == {"a": 4}  # 10 and 10: 4 batches
+
+
+def test_regularisation_data_is_shown_as_such(tmp_path: Path) -> None:
+    pictures(tmp_path / "a", *[SQUARE] * 2)
+    lora = {**CONFIG, "model_type": "lora"}
+    plan = make_plan(lora, [entry(is_regularisation_data=True), entry("b", instance_data_dir="a")], cwd=tmp_path)
+    assert "| a | keeps the base's answers | 2 |" in plan.markdown
+    assert "| b | trained on | 2 |" in plan.markdown
+
+
 def test_more_than_there_is_is_everything(tmp_path: Path) -> None:
     pictures(tmp_path / "a", *[SQUARE] * 3)
     assert make_plan(CONFIG, [entry(max_num_samples=9)], cwd=tmp_path).summary["samples"] == {"a": 3}

@@ -154,6 +154,8 @@ def test_all_backends_are_trained_on(root: Path, tmp_path: Path, model_type: str
     assert batches.batches_per_epoch == (6 + 3002 + 4002) // 2
     met = {batches.batch(step, 0).rows[0].dataset for step in range(6)}
     assert met == {"pseudo-camera-10k-sana", "dreambooth-subject", "dreambooth-subject-512"}
+    for section in (sections.download, sections.cache_vae, sections.cache_text_embeds, sections.train):
+        assert type(section).from_json(section.to_json()) == section
     regularising = [one.id for one in sections.train.datasets if one.is_regularisation_data]
     assert regularising == (["pseudo-camera-10k-sana"] if model_type == "lora" else [])
 
