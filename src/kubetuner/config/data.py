@@ -110,6 +110,7 @@ def read_data(
         problems.extend(faults)
         _check_id(values, where, seen, problems)
         seen.notes.extend(f"{where}.{note}" for note in values.notes)
+        _note_discovery(values, where, seen, problems)
         if kind == "text_embeds":
             _read_texts(values, where, cwd, seen, problems)
         elif (picture := _read_pictures(values, run, where, seen, problems, facts=facts)) is not None:
@@ -205,7 +206,6 @@ def _read_pictures(
         problems.append(Problem(f"{where}.instance_data_dir", "is missing; expected the folder of the pictures."))
     _check_captions(values, run, where, problems)
     sampling = read_sampling(values, where, problems, seen.notes, facts=facts)
-    _note_discovery(values, where, seen, problems)
     geometry = _geometry(values, run, where, problems, seen.notes)
     shuffle = read_shuffle(values, where, run.integer("seed", 42), problems)
     if len(problems) > before or not values.text("id"):

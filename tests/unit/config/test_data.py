@@ -168,6 +168,19 @@ def test_skipping_nothing_needs_no_note(words) -> None:
     assert load(CONFIG, [image(skip_file_discovery=words)]).notes == ()
 
 
+def test_text_entries_and_the_run_may_ask_to_skip_too() -> None:
+    config = {**CONFIG, "skip_file_discovery": "vae", "preserve_data_backend_cache": True}
+    notes = load(config, [image(), texts(skip_file_discovery="text", preserve_data_backend_cache=True)]).notes
+    places = [note.partition("`: ")[0] for note in notes]
+    assert places == [
+        "config.json.`skip_file_discovery",
+        "config.json.`preserve_data_backend_cache",
+        "multidatabackend.json[1].`preserve_data_backend_cache",
+        "multidatabackend.json[1].`skip_file_discovery",
+    ]
+    assert list(problems_of(image(), texts(skip_file_discovery="everything"))) == ["[1].skip_file_discovery"]
+
+
 STEPS = {**CONFIG, "max_train_steps": 100}
 
 
