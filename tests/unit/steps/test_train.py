@@ -100,6 +100,15 @@ def test_epochs_are_turned_into_steps(tmp_path: Path) -> None:
     assert train(section, *_caches(tmp_path, "sana"), tmp_path / "out").steps == 4
 
 
+def test_a_fresh_lora_already_answers_as_its_base_on_regularisation_data(tmp_path: Path) -> None:
+    lora = {"model_type": "lora", "lora": LoraSettings(rank=2), "max_train_steps": 1}
+    caches = _caches(tmp_path, "sana")
+    keeping = _section(tmp_path, "sana", datasets=(DatasetSampling(id="a", is_regularisation_data=True),), **lora)
+
+    assert train(keeping, *caches, tmp_path / "1").first_loss == pytest.approx(0.0, abs=1e-6)
+    assert train(_section(tmp_path, "sana", **lora), *caches, tmp_path / "2").first_loss > 0.1
+
+
 def test_an_unfinished_input_is_refused(tmp_path: Path) -> None:
     latents, texts = _caches(tmp_path, "sana")
     (latents[0] / "artifact.json").unlink()
