@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from kubetuner.artifacts import Artifact
 from kubetuner.config.load import read_json
-from kubetuner.config.sections import Section
+from kubetuner.config.section import Section
 from kubetuner.errors import InputError
 
 SectionT = TypeVar("SectionT", bound=Section)

@@ -9,6 +9,7 @@ from kubetuner.config.data import Data
 from kubetuner.config.keys import Values
 from kubetuner.config.models import OUTLINES, FamilyOutline
 from kubetuner.config.prompts import read_instruction, read_prompts, read_resolutions
+from kubetuner.config.schedule import empty_stages
 from kubetuner.config.sections import (
     CacheTextSection,
     CacheVaeSection,
@@ -154,6 +155,9 @@ def build_sections(base: Base, data: Data, where: str, cwd: Path, problems: list
                 "model": base.model,
                 "max_length": values.integer("tokenizer_max_length", 0),
                 "instruction": base.instruction,
+                "captions": tuple(
+                    entry.captions for entry in data.pictures if entry.captions.filters or entry.captions.shuffle
+                ),
                 **values.pick("text_encoder_batch_size"),
             }
         ),
@@ -200,6 +204,7 @@ def _train(base: Base, data: Data, where: str, problems: list[Problem]) -> Train
         }
     )
     _check_schedule(train, values, where, problems)
+    _check_stages(train, data, problems)
     return train
 
 
@@ -216,6 +221,25 @@ def _check_schedule(train: TrainSection, values: Values, where: str, problems: l
     for name in ("adam_beta1", "adam_beta2"):
         if values.number(name, 0.0) >= 1:
             problems.append(Problem(f"{where}.{name}", "is 1; expected a number below 1."))
+
+
+def _check_stages(train: TrainSection, data: Data, problems: list[Problem]) -> None:
+    """``start_step`` and ``end_step`` against the length of the run."""
+    scheduled = [
+        (f"{entry.where}.{name}", entry.sampling)
+        for entry in data.of("image")
+        for name, used in (("start_step", entry.sampling.start_step > 1), ("end_step", entry.sampling.end_step))
+        if used
+    ]
+    if not scheduled:
+        return
+    if not train.max_train_steps:
+        message = "needs max_train_steps: an epoch's length changes when a dataset comes or goes."
+        problems.extend(Problem(place, message) for place, _ in scheduled)
+        return
+    for stage in empty_stages(train.datasets, train.max_train_steps):
+        message = f"leaves {stage} of {train.max_train_steps} without any dataset; let one of them go on or begin then."
+        problems.append(Problem(scheduled[0][0], message))
 
 
 def _evaluate(base: Base, data: Data, where: str, cwd: Path, problems: list[Problem]) -> EvaluateSection:

@@ -10,7 +10,8 @@ _STORE = "caches are artifacts, kept by content in the store"
 _S3 = "S3 storage is"
 _CSV = "csv storage is"
 _HUB = "datasets from the hub are"
-_CURRICULUM = "a schedule per dataset is"
+_CURRICULUM = "a schedule in epochs (start_step and end_step count optimizer steps) is"
+_LISTED_ANEW = "listings are not kept between runs; each plan lists the folder anew"
 _CONDITIONING = "conditioning datasets are"
 
 _COMMON: dict[str, Rule] = {
@@ -22,7 +23,8 @@ _COMMON: dict[str, Rule] = {
     "read_batch_size": Unneeded("int", "pictures are read as they are needed"),
     "text_cache_ondemand": Later("encoding captions while training is", (False,)),
     "text_cache_disable": Later("training without cached text embeddings is", (False,)),
-    "preserve_data_backend_cache": Later("keeping listings between runs is", (False,)),
+    "preserve_data_backend_cache": Unneeded("bool", _LISTED_ANEW),
+    "skip_file_discovery": Key("str"),
     "compress_cache": Later("compression of cached tensors is", (False,)),
     **{f"aws_{name}": Later(_S3) for name in ("bucket_name", "endpoint_url", "access_key_id", "secret_access_key",
                                                "region_name", "session_token", "max_pool_connections")},
@@ -51,13 +53,13 @@ _PICTURES: dict[str, Rule] = {
         {"random": "random", "center": "center", "centre": "center", "corner": "corner"},
         later=frozenset({"face"}),
     ),
-    "crop_aspect": Key("str", one_of("square", "preserve"), later=frozenset({"closest", "random"})),
-    "crop_aspect_buckets": Later("cropping to a list of aspect ratios is"),
+    "crop_aspect": Key("str", one_of("square", "preserve", "closest", "random")),
+    "crop_aspect_buckets": Key("json"),
     "minimum_image_size": Key("float", low=0),
     "maximum_image_size": Key("float", above=0),
     "target_downsample_size": Key("float", above=0),
-    "minimum_aspect_ratio": Later("a limit on aspect ratios is"),
-    "maximum_aspect_ratio": Later("a limit on aspect ratios is"),
+    "minimum_aspect_ratio": Key("float", above=0),
+    "maximum_aspect_ratio": Key("float", above=0),
     "max_upscale_threshold": Later("a limit on upscaling is"),
     "aspect_bucket_alignment": Key("int", low=8, high=64),
     "aspect_bucket_rounding": Key("int", low=1, high=9),
@@ -70,21 +72,21 @@ _PICTURES: dict[str, Rule] = {
         {"discovery": "discovery", "json": "discovery"},
         later=frozenset({"parquet", "huggingface", "webshart"}),
     ),
-    "skip_file_discovery": Later("skipping the listing is", ("",)),
+    "disable_multiline_split": Key("bool"),
     "text_embeds": Key("str"),
     "image_embeds": Later("a separate store of latents is"),
     "default": Later("a default picture dataset is", (False,)),
     "disable_validation": Later("switching off checks is", (False,)),
-    "max_num_samples": Later("training on a part of a dataset is"),
+    "max_num_samples": Key("int", low=1),
     "train_batch_size": Later("a batch size per dataset is"),
     "start_epoch": Later(_CURRICULUM, (0, 1)),
     "end_epoch": Later(_CURRICULUM),
-    "start_step": Later(_CURRICULUM, (0,)),
-    "end_step": Later(_CURRICULUM),
+    "start_step": Key("int", low=0),
+    "end_step": Key("int", low=1),
     "timestep_sampling_offset": Later("an offset of timesteps per dataset is", (0,)),
     "parquet": Later("captions from parquet files are"),
-    "caption_shuffle": Later("shuffling of captions is"),
-    "caption_filter_list": Later("filtering of captions is"),
+    "caption_shuffle": Key("json"),
+    "caption_filter_list": Foreign("It belongs to the entry with dataset_type text_embeds that the dataset uses."),
     "conditioning_data": Later(_CONDITIONING),
     "conditioning_type": Later(_CONDITIONING),
     "conditioning": Later(_CONDITIONING),
@@ -106,7 +108,7 @@ _PICTURES: dict[str, Rule] = {
 _TEXTS: dict[str, Rule] = {
     "default": Key("bool"),
     "cache_dir": Key("str"),
-    "caption_filter_list": Later("filtering of captions is"),
+    "caption_filter_list": Key("json"),
 }
 
 _ALIASES: dict[str, Alias] = {

@@ -1,38 +1,17 @@
 """One frozen section per step: exactly the settings that the step needs.
 
-A section travels between pipeline steps as canonical JSON (:meth:`Section.to_json`), so equal settings are equal
+A section travels between pipeline steps as canonical JSON (``Section.to_json``), so equal settings are equal
 bytes and Kubeflow's cache agrees with ours. Fields that change speed but not results are listed in
 ``SPEED_ONLY`` and stay out of fingerprints. Names are SimpleTuner's keys.
 """
 
-import json
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from kubetuner.config.caption_sections import DatasetCaptions
+from kubetuner.config.section import Section
 
 FamilyName = Literal["pixart_sigma", "sdxl", "sana"]
 ModelType = Literal["full", "lora"]
-
-
-class Section(BaseModel):
-    """A frozen group of settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    SPEED_ONLY: ClassVar[frozenset[str]] = frozenset()
-
-    def to_json(self) -> str:
-        """Canonical JSON: sorted keys, no spaces."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The inverse of :meth:`to_json`."""
-        return cls.model_validate_json(text)
-
-    def deciding(self) -> dict[str, object]:
-        """The settings that decide the result, as JSON values: all but ``SPEED_ONLY``."""
-        return self.model_dump(mode="json", exclude=set(self.SPEED_ONLY))
 
 
 class ModelRef(Section):
@@ -67,6 +46,8 @@ class DatasetSource(Section):
         instance_prompt: One or several prompts for ``instanceprompt``, or to prepend.
         prepend_instance_prompt: Caption becomes "instance_prompt caption".
         only_instance_prompt: Caption becomes the instance prompt.
+        disable_multiline_split: A caption file is one caption, not one per line.
+        max_num_samples: So many pictures at most, chosen by ``id`` and always the same; ``None`` for all.
         revision: Hash of the listing (names, sizes, modification times), resolved by ``plan``.
     """
 
@@ -78,6 +59,8 @@ class DatasetSource(Section):
     instance_prompt: tuple[str, ...] = ()
     prepend_instance_prompt: bool = False
     only_instance_prompt: bool = False
+    disable_multiline_split: bool = False
+    max_num_samples: int | None = None
     revision: str = ""
 
 
@@ -101,8 +84,12 @@ class Geometry(Section):
         resolution_type: Unit of ``resolution`` and of the three sizes below.
         crop: Crop to ``crop_aspect``; without it only the alignment remainder is cut.
         crop_style: Where the crop lies.
-        crop_aspect: ``square`` puts every picture in bucket 1.0, ``preserve`` keeps its bucket.
+        crop_aspect: ``square`` puts every picture in bucket 1.0, ``preserve`` keeps its bucket, ``closest`` and
+            ``random`` choose one of ``crop_aspect_buckets``.
+        crop_aspect_buckets: Aspect ratios (width / height) with their weights; weights matter to ``random`` alone.
         minimum_image_size: Smaller pictures are skipped; ``None`` for no limit.
+        minimum_aspect_ratio: Buckets (width / height) below it are left out; ``None`` for no limit.
+        maximum_aspect_ratio: Buckets (width / height) above it are left out; ``None`` for no limit.
         maximum_image_size: With ``crop``, larger pictures are first brought to ``target_downsample_size``.
         target_downsample_size: See ``maximum_image_size``.
         aspect_bucket_alignment: Edges are multiples of this many pixels.
@@ -113,8 +100,11 @@ class Geometry(Section):
     resolution_type: Literal["pixel", "area", "pixel_area"] = "pixel_area"
     crop: bool = False
     crop_style: Literal["random", "center", "corner"] = "random"
-    crop_aspect: Literal["square", "preserve"] = "square"
+    crop_aspect: Literal["square", "preserve", "closest", "random"] = "square"
+    crop_aspect_buckets: tuple[tuple[float, float], ...] = ()
     minimum_image_size: float | None = None
+    minimum_aspect_ratio: float | None = None
+    maximum_aspect_ratio: float | None = None
     maximum_image_size: float | None = None
     target_downsample_size: float | None = None
     aspect_bucket_alignment: int = 64
@@ -154,6 +144,7 @@ class CacheTextSection(Section):
         instruction: Sana's complex human instruction, empty for none; ignored by other families.
         clean_caption: PixArt's caption cleaning.
         dtype: Stored dtype of embeddings.
+        captions: What is done to captions first, of the datasets whose captions are changed.
         text_encoder_batch_size: Texts encoded at once.
     """
 
@@ -164,7 +155,12 @@ class CacheTextSection(Section):
     instruction: str = ""
     clean_caption: bool = True
     dtype: Literal["bf16", "fp32"] = "fp32"
+    captions: tuple[DatasetCaptions, ...] = ()
     text_encoder_batch_size: int = 16
+
+    def encoding(self) -> dict[str, object]:
+        """The settings that decide a text's embedding: without ``captions``, which decide what the texts are."""
+        return self.model_dump(mode="json", exclude={*self.SPEED_ONLY, "captions"})
 
 
 class LoraSettings(Section):
@@ -186,11 +182,22 @@ class LoraSettings(Section):
 
 
 class DatasetSampling(Section):
-    """How often a dataset is drawn from. ``repeats`` counts extra passes per epoch; 0 is one pass."""
+    """How often and when a dataset is drawn from.
+
+    Attributes:
+        repeats: Extra passes per epoch; 0 is one pass.
+        probability: Weight against the other datasets (``data_backend_sampling``).
+        start_step: First optimizer step that draws from it, from 1; 0 is the same as 1.
+        end_step: Last optimizer step that draws from it; ``None`` for no end.
+        is_regularisation_data: A LoRA's target is the base model's own prediction instead of the noise.
+    """
 
     id: str
     repeats: int = 0
     probability: float = 1.0
+    start_step: int = 0
+    end_step: int | None = None
+    is_regularisation_data: bool = False
 
 
 class FlowSchedule(Section):

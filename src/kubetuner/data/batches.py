@@ -2,10 +2,12 @@
 
 Every batch is a function of the seed and its position alone, so a resumed run needs no sampler state. An epoch visits
 each sample ``repeats + 1`` times, except those that do not fill a batch of their bucket; who they are changes with the
-epoch's shuffle. A bucket that cannot fill one batch is never visited, which the log says.
+epoch's shuffle. A bucket that cannot fill one batch is never visited, which the log says. Where a dataset comes or goes
+(``start_step``, ``end_step``), a new epoch begins.
 """
 
 import logging
+import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ from kubetuner.artifacts import (
     read_rows,
     verify_files,
 )
+from kubetuner.config.schedule import stages, weights
 from kubetuner.config.sections import DatasetSampling, TrainSection
 from kubetuner.data.shards import ShardReader
 from kubetuner.errors import ArtifactError, DatasetError
@@ -51,6 +54,23 @@ class Batch:
     texts: tuple[dict[str, Tensor] | None, ...]
 
 
+@dataclass(frozen=True)
+class _Stretch:
+    """Micro-steps that draw from the same datasets.
+
+    Attributes:
+        start: Its first micro-step, from 0.
+        epoch: Number of its first epoch; epochs are counted through the whole run.
+        datasets: What is drawn from.
+        batches: Micro-steps per epoch.
+    """
+
+    start: int
+    epoch: int
+    datasets: tuple[str, ...]
+    batches: int
+
+
 class Batches:
     """The batches of a training run over encoded datasets.
 
@@ -66,20 +86,46 @@ class Batches:
         self._samples = EncodedSamples(latents, text_embeds, text_tensors)
         self._buckets = _buckets(section, self._samples.rows)
         self.null = self._samples.text("")
-        self.batches_per_epoch = sum(
-            len(rows) // section.train_batch_size for buckets in self._buckets.values() for rows in buckets
-        )
+        self._stretches = self._plan_stretches()
+        self.batches_per_epoch = self._stretches[0].batches
         self._epoch: tuple[int, list[tuple[LatentRow, ...]]] = (-1, [])
 
     def batch(self, step: int, micro: int) -> Batch:
         """The batch of micro-step ``micro`` of optimizer step ``step``, both counted from 0."""
         position = step * self._section.gradient_accumulation_steps + micro
-        epoch, index = divmod(position, self.batches_per_epoch)
+        stretch = self._stretch(position)
+        passed, index = divmod(position - stretch.start, stretch.batches)
+        epoch = stretch.epoch + passed
         if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._shuffled(epoch))
+            self._epoch = (epoch, self._shuffled(stretch, epoch))
         rows = self._epoch[1][index]
         texts = tuple(self._caption(row, position, place) for place, row in enumerate(rows))
         return Batch(rows, torch.stack([self._samples.latents(row) for row in rows]), texts)
+
+    def epochs(self, micro_steps: int) -> float:
+        """Epochs gone through after that many micro-steps, at least 1 of them."""
+        stretch = self._stretch(micro_steps - 1)
+        return stretch.epoch + (micro_steps - stretch.start) / stretch.batches
+
+    def _plan_stretches(self) -> list[_Stretch]:
+        size, accumulation = self._section.train_batch_size, self._section.gradient_accumulation_steps
+        lengths = {name: sum(len(rows) // size for rows in buckets) for name, buckets in self._buckets.items()}
+        found: list[_Stretch] = []
+        epoch = 0
+        for stage in stages(self._section.datasets):
+            batches = sum(lengths[name] for name in stage.datasets)
+            found.append(_Stretch((stage.first - 1) * accumulation, epoch, stage.datasets, batches))
+            if stage.last is not None and batches:
+                epoch += math.ceil((stage.last - stage.first + 1) * accumulation / batches)
+        return found
+
+    def _stretch(self, position: int) -> _Stretch:
+        """The stretch that a micro-step lies in."""
+        stretch = next(one for one in reversed(self._stretches) if one.start <= position)
+        if not stretch.batches:
+            step = position // self._section.gradient_accumulation_steps + 1
+            raise DatasetError(f"no dataset is drawn from in step {step}; correct start_step and end_step and run plan")
+        return stretch
 
     def _caption(self, row: LatentRow, position: int, place: int) -> dict[str, Tensor] | None:
         chance = random.Random(f"{self._section.seed}/caption/{position}/{place}")
@@ -87,14 +133,14 @@ class Batches:
             return None
         return self._samples.text(chance.choice(self._samples.captions[row.sample]))
 
-    def _shuffled(self, epoch: int) -> list[tuple[LatentRow, ...]]:
+    def _shuffled(self, stretch: _Stretch, epoch: int) -> list[tuple[LatentRow, ...]]:
         """All batches of an epoch. Datasets take turns by chance until each has run out."""
-        queues = {name: self._dataset_batches(name, epoch) for name in self._buckets}
-        weights = self._weights(queues)
+        queues = {name: self._dataset_batches(name, epoch) for name in stretch.datasets}
+        weight = weights(self._section, {name: len(queue) for name, queue in queues.items()})
         chance = random.Random(f"{self._section.seed}/datasets/{epoch}")
         batches: list[tuple[LatentRow, ...]] = []
         while left := [name for name, queue in queues.items() if queue]:
-            chosen = chance.choices(left, [weights[name] for name in left])[0]
+            chosen = chance.choices(left, [weight[name] for name in left])[0]
             batches.append(queues[chosen].pop())
         return batches
 
@@ -107,13 +153,6 @@ class Batches:
             batches += [tuple(shuffled[start : start + size]) for start in range(0, len(rows) - size + 1, size)]
         chance.shuffle(batches)
         return batches
-
-    def _weights(self, queues: dict[str, list[tuple[LatentRow, ...]]]) -> dict[str, float]:
-        """``data_backend_sampling``: auto-weighting is probability times length, uniform is probability alone."""
-        probability = {dataset.id: dataset.probability for dataset in self._section.datasets}
-        if self._section.data_backend_sampling == "uniform":
-            return {name: probability[name] for name in queues}
-        return {name: probability[name] * len(queue) for name, queue in queues.items()}
 
 
 class EncodedSamples:

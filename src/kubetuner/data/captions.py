@@ -32,7 +32,7 @@ def captions_for(source: DatasetSource, picture: Path, root: Path) -> tuple[str,
         raise CaptionError(f"dataset {source.id!r} has no instance_prompt, which its caption settings need")
     if source.caption_strategy == "instanceprompt" or source.only_instance_prompt:
         return source.instance_prompt
-    own = _from_textfile(picture, root) if source.caption_strategy == "textfile" else (_from_filename(picture),)
+    own = _from_textfile(source, picture, root) if source.caption_strategy == "textfile" else (_from_filename(picture),)
     if source.prepend_instance_prompt:
         return tuple(f"{prompt} {caption}".strip() for prompt in source.instance_prompt for caption in own)
     return own
@@ -42,7 +42,7 @@ def _from_filename(picture: Path) -> str:
     return picture.stem.replace("_", " ").strip()
 
 
-def _from_textfile(picture: Path, root: Path) -> tuple[str, ...]:
+def _from_textfile(source: DatasetSource, picture: Path, root: Path) -> tuple[str, ...]:
     path = picture.with_suffix(".txt")
     name = path.relative_to(root).as_posix()
     try:
@@ -53,5 +53,7 @@ def _from_textfile(picture: Path, root: Path) -> tuple[str, ...]:
         raise CaptionError(f"caption file {name} is not UTF-8 ({error.reason} at byte {error.start})") from error
     except OSError as error:
         raise CaptionError(f"caption file {name} cannot be read ({error.strerror or error})") from error
-    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
+    # Only newlines part captions, as in SimpleTuner; str.splitlines would also cut at U+2028 and other rare signs.
+    parts = [text] if source.disable_multiline_split else text.split("\n")
+    lines = tuple(line.strip() for line in parts if line.strip())
     return lines or ("",)

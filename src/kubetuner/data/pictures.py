@@ -102,6 +102,8 @@ def measure(path: Path) -> tuple[int, int]:
             _refuse_bomb(image)
             width, height = image.size
             return (height, width) if _orientation(image) in _TURNS_SIDEWAYS else (width, height)
+    except UnidentifiedImageError as error:
+        raise PictureError(_explain(error) if path.stat().st_size else "empty file", path) from error
     except (OSError, *_DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PictureError(_explain(error), path) from error
 
@@ -175,6 +177,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _explain(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
     if isinstance(error, UnidentifiedImageError):
         return "not a picture in a format that Pillow knows"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):

@@ -52,6 +52,13 @@ def _files(root: Path, extensions: frozenset[str]) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle; whoever opens the file tells of it
+        return False
+
+
 def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     """Files below ``folder``; ``above`` are the real folders it lies in, so that a link to one of them ends."""
     real = folder.resolve()
@@ -64,7 +71,7 @@ def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _walk(folder / entry.name, (*above, real))
         else:
             yield folder / entry.name

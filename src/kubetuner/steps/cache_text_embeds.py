@@ -23,6 +23,7 @@ from kubetuner.artifacts import (
     write_rows,
 )
 from kubetuner.config.sections import CacheTextSection
+from kubetuner.data.caption_edits import edit_captions
 from kubetuner.progress import Progress
 from kubetuner.steps.download_dataset import SAMPLES_FILE
 from kubetuner.store import Store, resolve_store
@@ -49,12 +50,12 @@ def cache_text_embeds(
     (out / ARTIFACT_FILE).unlink(missing_ok=True)
     store = resolve_store(out)
     captions = [
-        CaptionRow(sample=sample.id, texts=sample.captions)
+        CaptionRow(sample=sample.id, texts=_texts(section, sample))
         for index, sample in enumerate(read_rows(dataset, SAMPLES_FILE, Sample))
         if index % num_shards == shard
     ]
     keys = {text: _key(section, text) for text in ["", *(text for row in captions for text in row.texts)]}
-    namespace = f"text-{fingerprint(section.deciding())[:16]}"
+    namespace = f"text-{fingerprint(section.encoding())[:16]}"
     known = store.known(namespace)
     missing = [text for text, key in keys.items() if key not in known]
     known |= _encode(section, store, namespace, {text: keys[text] for text in missing})
@@ -88,8 +89,14 @@ def _check(dataset: Path) -> DatasetArtifact:
     return source
 
 
+def _texts(section: CacheTextSection, sample: Sample) -> tuple[str, ...]:
+    """The sample's captions as they are encoded and trained on."""
+    settings = next((one for one in section.captions if one.id == sample.dataset), None)
+    return edit_captions(settings, sample.captions) if settings else sample.captions
+
+
 def _key(section: CacheTextSection, text: str) -> str:
-    return fingerprint(text, section.deciding())
+    return fingerprint(text, section.encoding())
 
 
 def _encode(

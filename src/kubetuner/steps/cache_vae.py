@@ -29,7 +29,7 @@ from kubetuner.artifacts import (
     write_rows,
 )
 from kubetuner.config.sections import CacheVaeSection
-from kubetuner.data.geometry import Placement, TooSmall, place
+from kubetuner.data.geometry import LeftOut, Placement, place
 from kubetuner.data.pictures import open_picture, to_pixels
 from kubetuner.errors import ArtifactError
 from kubetuner.progress import Progress
@@ -114,7 +114,7 @@ def _check(dataset: Path) -> DatasetArtifact:
 def _place_all(
     section: CacheVaeSection, dataset: Path, shard: int, num_shards: int
 ) -> tuple[list[_Placed], list[Skipped]]:
-    """The geometry and key of each of this shard's samples; samples that are too small are skipped."""
+    """The geometry and key of each of this shard's samples; samples that its limits leave out are skipped."""
     geometries = {entry.id: entry.geometry for entry in section.datasets}
     placed: list[_Placed] = []
     skipped: list[Skipped] = []
@@ -122,8 +122,9 @@ def _place_all(
         if index % num_shards != shard or sample.dataset not in geometries:
             continue
         geometry = geometries[sample.dataset]
-        placement = place(geometry, sample.width, sample.height, f"{section.seed}:{sample.sha256}")
-        if isinstance(placement, TooSmall):
+        name = sample.id.removeprefix(f"{sample.dataset}/")
+        placement = place(geometry, sample.width, sample.height, f"{section.seed}:{sample.sha256}", name)
+        if isinstance(placement, LeftOut):
             skipped.append(Skipped(name=sample.id, reason=placement.reason))
             continue
         key = fingerprint(

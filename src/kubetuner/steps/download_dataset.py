@@ -27,9 +27,10 @@ from kubetuner.artifacts import (
 from kubetuner.config.sections import DatasetSource, DownloadSection
 from kubetuner.data.captions import CaptionError, captions_for
 from kubetuner.data.pictures import PictureError, check_picture, read_picture
-from kubetuner.errors import DatasetError
+from kubetuner.errors import DatasetError, on_one_line
 from kubetuner.progress import Progress
 from kubetuner.sources.local import PICTURE_EXTENSIONS, list_pictures, listing_revision
+from kubetuner.sources.subset import subset
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def download_dataset(section: DownloadSection, out: Path) -> DatasetArtifact:
     with Progress("download_dataset", len(pictures), "pictures") as progress:
         for picture, result in zip(pictures, _take_all(pictures, out), strict=True):
             if isinstance(result, Skipped):
-                logger.warning("skipped %s: %s", result.name, result.reason)
+                logger.warning("skipped %s: %s", on_one_line(result.name), result.reason)
                 skipped.append((picture.source.id, result))
             else:
                 sample, entry = result
@@ -108,7 +109,7 @@ def _list(sources: Sequence[DatasetSource]) -> list[_Picture]:
         if not found:
             known = " ".join(sorted(PICTURE_EXTENSIONS))
             problems.append(f"dataset {source.id!r}: no picture in {root} (looked for {known})")
-        pictures += (_Picture(source, root, path) for path in found)
+        pictures += (_Picture(source, root, path) for path in subset(found, source.id, source.max_num_samples))
     if problems:
         raise DatasetError("; ".join(problems))
     return pictures
@@ -165,7 +166,7 @@ def _judge(section: DownloadSection, pictures: Sequence[_Picture], skipped: Sequ
         lost = [skip for dataset, skip in skipped if dataset == source.id]
         if len(lost) < total and len(lost) <= section.max_skipped_share * total:
             continue
-        shown = "; ".join(f"{skip.name}: {skip.reason}" for skip in lost[:SHOWN_SKIPS])
+        shown = "; ".join(f"{on_one_line(skip.name)}: {skip.reason}" for skip in lost[:SHOWN_SKIPS])
         more = f"; and {len(lost) - SHOWN_SKIPS} more (see the log)" if len(lost) > SHOWN_SKIPS else ""
         problems.append(f"dataset {source.id!r}: {len(lost)} of {total} pictures cannot be used ({shown}{more})")
     if problems:

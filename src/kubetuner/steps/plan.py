@@ -9,8 +9,16 @@ from pathlib import Path
 from kubetuner.config.load import RunConfig, load
 from kubetuner.config.sections import ModelRef, Sections
 from kubetuner.errors import ConfigError, Problem
+from kubetuner.steps.oversubscription import oversubscribe
 from kubetuner.steps.plan_costs import Costs, estimate, vae_shape
-from kubetuner.steps.plan_datasets import Measured, bucket_problems, measure, steps_per_epoch
+from kubetuner.steps.plan_datasets import (
+    Measured,
+    bucket_problems,
+    drawn_per_epoch,
+    measure,
+    steps_per_epoch,
+    unreadable_problems,
+)
 from kubetuner.steps.plan_page import page
 
 _HASH_BLOCK = 1 << 20
@@ -50,16 +58,20 @@ def make_plan(config: Mapping[str, object], data: Sequence[object] | None, *, cw
     sections = _resolve_models(run.sections, models)
     measured = [measure(entry, cwd, problems) for entry in run.data.pictures]
     train = sections.train
+    raised: list[str] = []
+    if run.allow_dataset_oversubscription:
+        measured, raised = oversubscribe(measured, train)
     for one in measured:
         problems.extend(bucket_problems(one, train))
+        problems.extend(unreadable_problems(one, sections.download.max_skipped_share))
     problems.extend(_alignment_problems(sections, run))
     if problems:
         raise ConfigError(problems)
-    sections = _resolve_datasets(sections, measured)
+    sections = _resolve_repeats(_resolve_datasets(sections, measured), measured)
     epoch = steps_per_epoch(measured, train)
     costs = estimate(sections, measured)
     summary = _summary(sections, measured, epoch, costs)
-    return Plan(sections, page(run, sections, measured, epoch, costs), summary, run)
+    return Plan(sections, page(run, sections, measured, epoch, costs, raised), summary, run)
 
 
 def _alignment_problems(sections: Sections, run: RunConfig) -> list[Problem]:
@@ -156,11 +168,21 @@ def _resolve_datasets(sections: Sections, measured: Sequence[Measured]) -> Secti
     return sections.model_copy(update={"download": sections.download.model_copy(update={"datasets": sources})})
 
 
+def _resolve_repeats(sections: Sections, measured: Sequence[Measured]) -> Sections:
+    """The sections with the repeats that were raised."""
+    datasets = tuple(one.entry.sampling for one in measured if one.trained_on)
+    train = sections.train.model_copy(update={"datasets": datasets})
+    push = sections.push.model_copy(update={"training": train.to_json()})
+    return sections.model_copy(update={"train": train, "push": push})
+
+
 def _summary(sections: Sections, measured: Sequence[Measured], epoch: int, costs: Costs) -> dict[str, object]:
     train = sections.train
     return {
         "model": train.model.path,
         "model_revision": train.model.revision,
+        "repeats": {one.id: one.entry.sampling.repeats for one in measured if one.trained_on},
+        "samples_per_epoch": {one.id: drawn_per_epoch(one, train) for one in measured if one.trained_on},
         "samples": {one.id: one.samples for one in measured},
         "skipped": {one.id: len(one.skipped) for one in measured},
         "buckets": {one.id: {name: len(sizes) for name, sizes in one.buckets.items()} for one in measured},

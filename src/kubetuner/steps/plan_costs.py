@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kubetuner.config.caption_sections import DatasetCaptions
 from kubetuner.config.models import OUTLINES
 from kubetuner.config.sections import ModelRef, Sections
 from kubetuner.steps.plan_datasets import Measured
@@ -22,7 +23,8 @@ class Costs:
 
     Attributes:
         latents_bytes: Latents of all datasets.
-        text_embeds_bytes: At most; captions that agree are stored once and padding is trimmed.
+        text_embeds_bytes: At most, with one caption per picture; captions that agree are stored once and padding is
+            trimmed.
         parameters: Of the denoiser.
         training_memory_bytes: Weights, gradients and optimizer state; activations come on top.
     """
@@ -43,7 +45,7 @@ def estimate(sections: Sections, measured: Sequence[Measured]) -> Costs:
         for sizes in one.buckets.values()
         for width, height in sizes
     )
-    texts = sum(one.samples for one in measured) + 1
+    texts = sum(one.samples * _variants(one.entry.captions) for one in measured) + 1
     parameters = _parameters(model)
     if sections.train.model_type == "full":
         memory = parameters * _FULL_BYTES
@@ -55,6 +57,11 @@ def estimate(sections: Sections, measured: Sequence[Measured]) -> Costs:
         parameters=parameters,
         training_memory_bytes=memory,
     )
+
+
+def _variants(captions: DatasetCaptions) -> int:
+    """Texts that one caption becomes, at most."""
+    return captions.shuffle.count + captions.shuffle.include_original if captions.shuffle else 1
 
 
 def vae_shape(model: ModelRef) -> tuple[int, int]:

@@ -5,14 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
 from kubetuner.config.data import PictureData
+from kubetuner.config.schedule import stages
 from kubetuner.config.sections import TrainSection
-from kubetuner.errors import DatasetError, Problem
+from kubetuner.errors import DatasetError, Problem, on_one_line
 
-_ORIENTATION = 0x0112
-_TURNED = (5, 6, 7, 8)
 _NAMED = 5
 Size = tuple[int, int]
 
@@ -27,6 +24,7 @@ class Measured:
         revision: Hash of the listing.
         buckets: Target sizes (width, height) of the usable pictures, by bucket.
         skipped: Name and reason of pictures that cannot be used.
+        unreadable: Those among them that are no pictures or damaged; the others are left out by limits.
     """
 
     entry: PictureData
@@ -34,6 +32,7 @@ class Measured:
     revision: str = ""
     buckets: dict[str, list[Size]] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
     exists: bool = True
 
     @property
@@ -55,6 +54,7 @@ class Measured:
 def measure(entry: PictureData, cwd: Path, problems: list[Problem]) -> Measured:
     """Place every picture by its header; a missing folder or caption is appended to ``problems``."""
     from kubetuner.sources.local import list_pictures, listing_revision
+    from kubetuner.sources.subset import subset
 
     root = (cwd / entry.source.instance_data_dir).expanduser().resolve()
     measured = Measured(entry, root)
@@ -64,7 +64,7 @@ def measure(entry: PictureData, cwd: Path, problems: list[Problem]) -> Measured:
         problems.append(Problem(place, f"{root} is not a folder; create it or correct the path."))
         return measured
     try:
-        pictures = list_pictures(root)
+        pictures = subset(list_pictures(root), entry.source.id, entry.source.max_num_samples)
         measured.revision = listing_revision(root)
     except DatasetError as error:
         measured.exists = False
@@ -81,19 +81,19 @@ def measure(entry: PictureData, cwd: Path, problems: list[Problem]) -> Measured:
 
 
 def _place(picture: Path, measured: Measured) -> None:
-    from kubetuner.data.geometry import TooSmall, place
+    from kubetuner.data import pictures
+    from kubetuner.data.geometry import LeftOut, place
+    from kubetuner.data.pictures import PictureError
 
     name = picture.relative_to(measured.root).as_posix()
     try:
-        with Image.open(picture) as image:
-            width, height = image.size
-            if image.getexif().get(_ORIENTATION) in _TURNED:
-                width, height = height, width
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        measured.skipped.append((name, f"cannot be read ({type(error).__name__})"))
+        width, height = pictures.measure(picture)
+    except PictureError as error:
+        measured.skipped.append((name, error.reason))
+        measured.unreadable.append(name)
         return
     placement = place(measured.entry.geometry.geometry, width, height, name)
-    if isinstance(placement, TooSmall):
+    if isinstance(placement, LeftOut):
         measured.skipped.append((name, placement.reason))
     else:
         measured.buckets.setdefault(placement.bucket, []).append(placement.target_size)
@@ -113,10 +113,16 @@ def _check_captions(pictures: Sequence[Path], measured: Measured, problems: list
 
 
 def kept_buckets(measured: Measured, train: TrainSection) -> dict[str, int]:
-    """Pictures per epoch, repeats counted, of the buckets that fill a batch; the others are never drawn from."""
+    """Pictures, repeats counted, of the buckets that fill a batch; the others are never drawn from."""
     passes = measured.entry.sampling.repeats + 1
     counted = {name: len(sizes) * passes for name, sizes in measured.buckets.items()}
     return {name: count for name, count in counted.items() if count >= train.train_batch_size}
+
+
+def drawn_per_epoch(measured: Measured, train: TrainSection) -> int:
+    """Samples of a dataset that one epoch sees: whole batches, repeats counted."""
+    size = train.train_batch_size
+    return sum(count // size * size for count in kept_buckets(measured, train).values())
 
 
 def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
@@ -125,10 +131,10 @@ def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
         return []
     where = measured.entry.where
     if not measured.samples:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in measured.skipped[:_NAMED])
+        reasons = "; ".join(f"{on_one_line(name)}: {reason}" for name, reason in measured.skipped[:_NAMED])
         return [Problem(where, f"none of its {len(measured.skipped)} pictures is usable ({reasons}).")]
     effective = train.train_batch_size * train.gradient_accumulation_steps
-    if not measured.trained_on or sum(kept_buckets(measured, train).values()) >= effective:
+    if not measured.trained_on or drawn_per_epoch(measured, train) >= effective:
         return []
     repeats = measured.entry.sampling.repeats
     lines = [
@@ -144,20 +150,32 @@ def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
         advice += f", or train_batch_size to {fitting}"
     elif train.gradient_accumulation_steps > 1:
         advice += f", or train_batch_size to 1 and gradient_accumulation_steps to {fullest * (repeats + 1)}"
+    if not measured.entry.repeats_set:
+        advice += ", or allow_dataset_oversubscription to true in config.json"
     message = (
         f"one optimizer step needs train_batch_size {train.train_batch_size} x gradient_accumulation_steps "
-        f"{train.gradient_accumulation_steps} = {effective} pictures of buckets that fill "
-        f"a batch, and there are too few: {'; '.join(lines)}. To fix it, {advice}."
+        f"{train.gradient_accumulation_steps} = {effective} pictures in whole batches of "
+        f"one bucket each, and there are too few: {'; '.join(lines)}. To fix it, {advice}."
     )
     return [Problem(f"{where}.repeats", message)]
 
 
-def steps_per_epoch(measured: Sequence[Measured], train: TrainSection) -> int:
-    """Optimizer steps per epoch; each bucket's incomplete batch is dropped."""
-    batches = sum(
-        count // train.train_batch_size
-        for one in measured
-        if one.trained_on
-        for count in kept_buckets(one, train).values()
+def unreadable_problems(measured: Measured, most: float) -> list[Problem]:
+    """More pictures than ``max_skipped_share`` cannot be read, so ``download_dataset`` would stop."""
+    total = measured.samples + len(measured.skipped)
+    lost = len(measured.unreadable)
+    if not measured.samples or lost <= most * total:
+        return []
+    told = [f"{on_one_line(name)}: {reason}" for name, reason in measured.skipped if name in measured.unreadable]
+    message = (
+        f"{lost} of {total} pictures cannot be read ({'; '.join(told[:_NAMED])}); mend or remove them, or raise "
+        f"max_skipped_share (now {most:g}) in config.json."
     )
+    return [Problem(f"{measured.entry.where}.instance_data_dir", message)]
+
+
+def steps_per_epoch(measured: Sequence[Measured], train: TrainSection) -> int:
+    """Optimizer steps per epoch of the first step's datasets; each bucket's incomplete batch is dropped."""
+    first = stages(train.datasets)[0].datasets
+    batches = sum(drawn_per_epoch(one, train) // train.train_batch_size for one in measured if one.id in first)
     return max(math.ceil(batches / train.gradient_accumulation_steps), 1)

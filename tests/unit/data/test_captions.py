@@ -30,11 +30,18 @@ def test_filename(tmp_path: Path, name: str, caption: str) -> None:
         (b"", ("",)),
         (b"\n\n", ("",)),
         ("\ufeffein Stück".encode(), ("ein Stück",)),
+        ("one\u2028ring\x0bto\nrule".encode(), ("one\u2028ring\x0bto", "rule")),
     ],
 )
 def test_textfile(tmp_path: Path, text: bytes, expected: tuple[str, ...]) -> None:
     (tmp_path / "a.b.txt").write_bytes(text)
     assert captions(tmp_path, "a.b.png", caption_strategy="textfile") == expected
+
+
+def test_a_text_file_may_be_one_caption(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a ring\n\nof gold\n")
+    whole = captions(tmp_path, "a.png", caption_strategy="textfile", disable_multiline_split=True)
+    assert whole == ("a ring\n\nof gold",)
 
 
 def test_a_missing_text_file_is_named(tmp_path: Path) -> None:
