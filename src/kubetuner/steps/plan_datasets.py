@@ -1,18 +1,18 @@
 """Counting a dataset's pictures for the plan: headers only, no pixels are decoded."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
 from kubetuner.config.data import PictureData
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections import DatasetSource, TrainSection
 from kubetuner.errors import DatasetError, Problem
+from kubetuner.sources.base import HEADER_BYTES, Item, ItemError, Listing, Source, named
+from kubetuner.sources.switch import located, open_source
 
-_ORIENTATION = 0x0112
-_TURNED = (5, 6, 7, 8)
 _NAMED = 5
 Size = tuple[int, int]
 
@@ -23,15 +23,13 @@ class Measured:
 
     Attributes:
         entry: The entry of the data file.
-        root: The folder, absolute.
-        revision: Hash of the listing.
+        source: Its source, with local paths absolute and the revision and newest file of the listing.
         buckets: Target sizes (width, height) of the usable pictures, by bucket.
         skipped: Name and reason of pictures that cannot be used.
     """
 
     entry: PictureData
-    root: Path
-    revision: str = ""
+    source: DatasetSource
     buckets: dict[str, list[Size]] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     exists: bool = True
@@ -53,62 +51,81 @@ class Measured:
 
 
 def measure(entry: PictureData, cwd: Path, problems: list[Problem]) -> Measured:
-    """Place every picture by its header; a missing folder or caption is appended to ``problems``."""
-    from kubetuner.sources.local import list_pictures, listing_revision
-
-    root = (cwd / entry.source.instance_data_dir).expanduser().resolve()
-    measured = Measured(entry, root)
-    place = f"{entry.where}.instance_data_dir"
-    if not root.is_dir():
-        measured.exists = False
-        problems.append(Problem(place, f"{root} is not a folder; create it or correct the path."))
-        return measured
+    """Place every picture by its header; what is wrong with the source or its captions goes to ``problems``."""
+    measured = Measured(entry, located(entry.source, cwd))
     try:
-        pictures = list_pictures(root)
-        measured.revision = listing_revision(root)
+        with closing(open_source(measured.source)) as source:
+            _measure(source, measured, problems)
     except DatasetError as error:
         measured.exists = False
-        problems.append(Problem(place, f"{error}."))
-        return measured
-    if not pictures:
-        problems.append(Problem(place, f"{root} holds no pictures; put pictures there or correct the path."))
-        measured.exists = False
-        return measured
-    for picture in pictures:
-        _place(picture, measured)
-    _check_captions(pictures, measured, problems)
+        problems.append(Problem(entry.where, f"{error}."))
     return measured
 
 
-def _place(picture: Path, measured: Measured) -> None:
+def _measure(source: Source, measured: Measured, problems: list[Problem]) -> None:
     from kubetuner.data.geometry import TooSmall, place
 
-    name = picture.relative_to(measured.root).as_posix()
+    where = measured.entry.where
     try:
-        with Image.open(picture) as image:
-            width, height = image.size
-            if image.getexif().get(_ORIENTATION) in _TURNED:
-                width, height = height, width
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        measured.skipped.append((name, f"cannot be read ({type(error).__name__})"))
+        listing = source.listing()
+    except DatasetError as error:
+        measured.exists = False
+        problems.append(Problem(f"{where}.{source.key}", f"{error}."))
         return
-    placement = place(measured.entry.geometry.geometry, width, height, name)
-    if isinstance(placement, TooSmall):
-        measured.skipped.append((name, placement.reason))
-    else:
-        measured.buckets.setdefault(placement.bucket, []).append(placement.target_size)
+    pinned = {"revision": listing.revision, "newest": listing.newest}
+    measured.source = measured.source.model_copy(update=pinned)
+    if not listing.pictures:
+        measured.exists = False
+        message = f"{source.place} holds no pictures; put pictures there or correct the path."
+        problems.append(Problem(f"{where}.{source.key}", message))
+        return
+    for item, size in _sizes(source, listing.pictures):
+        if isinstance(size, str):
+            measured.skipped.append((item.name, size))
+            continue
+        placement = place(measured.entry.geometry.geometry, *size, item.name)
+        if isinstance(placement, TooSmall):
+            measured.skipped.append((item.name, placement.reason))
+        else:
+            measured.buckets.setdefault(placement.bucket, []).append(placement.target_size)
+    _check_captions(listing, measured, problems)
 
 
-def _check_captions(pictures: Sequence[Path], measured: Measured, problems: list[Problem]) -> None:
-    source = measured.entry.source
+def _sizes(source: Source, pictures: Sequence[Item]) -> Iterator[tuple[Item, Size | str]]:
+    """Each picture with its upright size, or why it has none."""
+    pool = ThreadPoolExecutor(source.readers, thread_name_prefix="plan")
+    try:
+        yield from zip(pictures, pool.map(lambda item: _size(source, item), pictures), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _size(source: Source, item: Item) -> Size | str:
+    from kubetuner.data.pictures import PictureError, measure
+
+    try:
+        header = source.header(item, HEADER_BYTES)
+        try:
+            return measure(header)
+        except PictureError:
+            if len(header) != HEADER_BYTES or len(header) == item.size:
+                raise
+        # Long metadata before the size, or a format that says it at the end.
+        return measure(source.read(item))
+    except (ItemError, PictureError) as error:
+        return error.reason
+
+
+def _check_captions(listing: Listing, measured: Measured, problems: list[Problem]) -> None:
+    from kubetuner.data.captions import text_name
+
+    source = measured.source
     if source.caption_strategy != "textfile" or source.only_instance_prompt:
         return
-    missing = [
-        path.relative_to(measured.root).as_posix() for path in pictures if not path.with_suffix(".txt").is_file()
-    ]
+    missing = [item.name for item in listing.pictures if text_name(item) not in listing.texts]
     if missing:
-        named = ", ".join(missing[:_NAMED]) + (f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else "")
-        message = f"is textfile, but {len(missing)} of {len(pictures)} pictures have no .txt file beside them: {named}."
+        of = f"{len(missing)} of {len(listing.pictures)} pictures"
+        message = f"is textfile, but {of} have no .txt file beside them: {named(missing)}."
         problems.append(Problem(f"{measured.entry.where}.caption_strategy", message))
 
 
