@@ -176,6 +176,7 @@ def _read_pictures(
             **run.pick("caption_strategy"),
             **values.pick(
                 "id",
+                "type",
                 "dataset_type",
                 "instance_data_dir",
                 "caption_strategy",

@@ -15,7 +15,7 @@ _CONDITIONING = "conditioning datasets are"
 
 _COMMON: dict[str, Rule] = {
     "id": Key("str", nullable=False),
-    "type": Key("str", one_of("local"), later=TYPES_LATER),
+    "type": Key("str", one_of("local", "gcs"), later=TYPES_LATER),
     "dataset_type": Key("str", one_of("image", "eval", "text_embeds"), later=DATASET_TYPES_LATER),
     "disabled": Key("bool"),
     "write_batch_size": Unneeded("int", "shards are written whole"),

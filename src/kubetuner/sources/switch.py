@@ -33,4 +33,10 @@ def _local(settings: DatasetSource) -> Source:
     return LocalSource(settings)
 
 
-_KINDS: dict[str, Callable[[DatasetSource], Source]] = {"local": _local}
+def _gcs(settings: DatasetSource) -> Source:
+    from kubetuner.sources.gcs import GcsSource
+
+    return GcsSource(settings)
+
+
+_KINDS: dict[str, Callable[[DatasetSource], Source]] = {"local": _local, "gcs": _gcs}
