@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Protocol, TypeVar
@@ -42,7 +42,14 @@ class ItemError(DatasetError):
 
 
 class PassingError(Exception):
-    """A failure after which the same request may succeed; :func:`retrying` turns the last one into a DatasetError."""
+    """A failure after which the same request may succeed; :func:`retrying` turns the last one into a DatasetError.
+
+    ``wait`` is how many seconds the server asked to be left alone.
+    """
+
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait = wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,26 +141,35 @@ def _hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 
 
-def listing_of(files: Iterable[Item], revision: str = "") -> Listing:
-    """The visible pictures and caption files among ``files``, by name.
+def folder_listing(files: Iterable[Item], revision: str = "") -> Listing:
+    """The visible pictures and caption files among ``files``, which are everything below a root.
 
     Args:
-        files: Everything below the root.
-        revision: The source's own revision; by default a digest over names, sizes and versions.
+        files: In any order.
+        revision: The source's own revision; by default a digest of the files.
     """
-    found = sorted((item for item in files if is_picture(item.name) or is_text(item.name)), key=lambda item: item.name)
-    pictures = tuple(item for item in found if is_picture(item.name))
-    texts = {item.name: item for item in found if is_text(item.name)}
-    return Listing(pictures, texts, revision or digest(found), max((item.modified for item in found), default=0))
+    found = [item for item in files if is_picture(item.name) or is_text(item.name)]
+    by_name = sorted(found, key=lambda item: item.name)
+    return listing_of(
+        [item for item in by_name if is_picture(item.name)], [item for item in by_name if is_text(item.name)], revision
+    )
 
 
-def digest(items: Iterable[Item]) -> str:
-    """SHA-256 (hex) over name, size and version of every item."""
-    hashed = hashlib.sha256()
-    for item in items:
-        for part in (os.fsencode(item.name), b"%d" % item.size, item.version.encode()):
-            hashed.update(b"%d " % len(part) + part)
-    return hashed.hexdigest()
+def listing_of(pictures: Sequence[Item], texts: Sequence[Item] = (), revision: str = "") -> Listing:
+    """A listing of just these files; ``revision`` is by default a digest of them."""
+    everything = (*pictures, *texts)
+    newest = max((item.modified for item in everything), default=0)
+    return Listing(tuple(pictures), {item.name: item for item in texts}, revision or _digest(everything), newest)
+
+
+def _digest(items: Iterable[Item]) -> str:
+    """SHA-256 (hex) over name, size, version and captions of every item, whatever their order."""
+    digest = hashlib.sha256()
+    for item in sorted(items, key=lambda item: item.name):
+        parts = [os.fsencode(item.name), b"%d" % item.size, item.version.encode()]
+        for part in (*parts, *(caption.encode() for caption in item.captions or ())):
+            digest.update(b"%d " % len(part) + part)
+    return digest.hexdigest()
 
 
 def as_planned(listing: Listing, revision: str, newest: int) -> Listing:
@@ -169,17 +185,20 @@ def as_planned(listing: Listing, revision: str, newest: int) -> Listing:
     """
     if revision in ("", listing.revision):
         return listing
-    everything = (*listing.pictures, *listing.texts.values())
-    later = sorted(item.name for item in everything if item.modified > newest)
-    kept = listing_of(item for item in everything if item.modified <= newest)
+    texts = tuple(listing.texts.values())
+    later = sorted(item.name for item in (*listing.pictures, *texts) if item.modified > newest)
+    kept = listing_of(
+        [item for item in listing.pictures if item.modified <= newest],
+        [item for item in texts if item.modified <= newest],
+    )
     if kept.revision == revision:
         logger.warning("%d file(s) came after the run was planned and are left out: %s", len(later), named(later))
         return kept
-    written = f"written since: {named(later)}" if later else "none was written since, so some were removed or moved"
-    raise DatasetError(f"files were replaced or removed after the run was planned ({written}); start the run again")
+    written = f"written since: {named(later)}" if later else "no file is newer, so some were removed, moved or renamed"
+    raise DatasetError(f"it has changed after the run was planned ({written}); start the run again")
 
 
-def named(names: list[str]) -> str:
+def named(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
     shown = ", ".join(names[:_NAMED])
     return f"{shown} and {len(names) - _NAMED} more" if len(names) > _NAMED else shown
@@ -202,7 +221,7 @@ def retrying(what: str, call: Callable[[], Result], *, pause: float = 0.5) -> Re
         except PassingError as error:
             if attempt == ATTEMPTS:
                 raise DatasetError(f"{what} failed {ATTEMPTS} times, at last with: {error}; try again later") from error
-            wait = min(pause * 2 ** (attempt - 1), LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.0)
+            wait = min(max(pause * 2 ** (attempt - 1), error.wait), LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.0)
             logger.info("%s failed (%s), again in %.1f s", what, error, wait)
             time.sleep(wait)
     raise AssertionError("unreachable")

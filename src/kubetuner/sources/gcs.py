@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kubetuner.config.sections import DatasetSource
 from kubetuner.errors import DatasetError
-from kubetuner.sources.base import Item, Listing, PassingError, is_picture, is_text, listing_of, retrying, verify
+from kubetuner.sources.base import Item, Listing, PassingError, folder_listing, is_picture, is_text, retrying, verify
 
 if TYPE_CHECKING:
     from google.cloud.storage import Blob, Client
@@ -50,7 +50,7 @@ class GcsSource:
 
     def listing(self) -> Listing:
         """See :class:`Source`."""
-        return self._calling(f"listing {self.place}", lambda: listing_of(self._items()))
+        return self._calling(f"listing {self.place}", lambda: folder_listing(self._items()))
 
     def read(self, item: Item) -> bytes:
         """See :class:`Source`."""

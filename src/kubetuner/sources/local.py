@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kubetuner.config.sections import DatasetSource
 from kubetuner.errors import DatasetError
-from kubetuner.sources.base import Item, ItemError, Listing, is_picture, is_text, listing_of
+from kubetuner.sources.base import Item, ItemError, Listing, folder_listing, is_picture, is_text
 
 
 class LocalSource:
@@ -27,7 +27,7 @@ class LocalSource:
         if not self._root.is_dir():
             raise DatasetError(f"{self._root} is not a folder; check {self.key}")
         names = (path.relative_to(self._root).as_posix() for path in _walk(self._root, ()))
-        return listing_of(file_item(self._root, name) for name in names if is_picture(name) or is_text(name))
+        return folder_listing(file_item(self._root, name) for name in names if is_picture(name) or is_text(name))
 
     def read(self, item: Item) -> bytes:
         """See :class:`Source`."""

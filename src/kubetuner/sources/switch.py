@@ -24,6 +24,10 @@ def located(settings: DatasetSource, cwd: Path) -> DatasetSource:
 
     if settings.type == "local":
         return settings.model_copy(update={"instance_data_dir": absolute(settings.instance_data_dir)})
+    if settings.table is not None:
+        table = settings.table.model_copy(update={"file": absolute(settings.table.file)})
+        root = absolute(settings.instance_data_dir or str(Path(settings.table.file).parent))
+        return settings.model_copy(update={"table": table, "instance_data_dir": root})
     return settings
 
 
@@ -39,4 +43,10 @@ def _gcs(settings: DatasetSource) -> Source:
     return GcsSource(settings)
 
 
-_KINDS: dict[str, Callable[[DatasetSource], Source]] = {"local": _local, "gcs": _gcs}
+def _table(settings: DatasetSource) -> Source:
+    from kubetuner.sources.table import TableSource
+
+    return TableSource(settings)
+
+
+_KINDS: dict[str, Callable[[DatasetSource], Source]] = {"local": _local, "gcs": _gcs, "csv": _table}
