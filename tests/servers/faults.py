@@ -102,7 +102,10 @@ class _Handler(BaseHTTPRequestHandler):
         connection.request(self.command, self.path, body, headers)
         answer = connection.getresponse()
         data = answer.read()
-        kept = [(name, value) for name, value in answer.getheaders() if name.lower() not in _HOP_BY_HOP]
+        here, there = (f":{host.rpartition(':')[2]}/" for host in (self.state.host, self.state.upstream))
+        kept = [
+            (name, value.replace(there, here)) for name, value in answer.getheaders() if name.lower() not in _HOP_BY_HOP
+        ]
         connection.close()
         if (answer.getheader("content-type") or "").startswith("application/json"):
             # Addresses in answers lead back through the proxy.

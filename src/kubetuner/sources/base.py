@@ -63,6 +63,7 @@ class Item:
         modified: When it was written, in nanoseconds since 1970; 0 where the source does not say.
         checksum: ``md5:``, ``sha256:``, ``git:`` (blob id) or ``crc32c:`` (base64) and the digest; empty for none.
         captions: Captions that the source itself holds, such as a table's column; ``None`` where it holds none.
+        pixels: (width, height) where the source's table says so.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Item:
     modified: int = 0
     checksum: str = ""
     captions: tuple[str, ...] | None = None
+    pixels: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -49,4 +49,15 @@ def _table(settings: DatasetSource) -> Source:
     return TableSource(settings)
 
 
-_KINDS: dict[str, Callable[[DatasetSource], Source]] = {"local": _local, "gcs": _gcs, "csv": _table}
+def _hub(settings: DatasetSource) -> Source:
+    from kubetuner.sources.hub import HubSource
+
+    return HubSource(settings)
+
+
+_KINDS: dict[str, Callable[[DatasetSource], Source]] = {
+    "local": _local,
+    "gcs": _gcs,
+    "csv": _table,
+    "huggingface": _hub,
+}

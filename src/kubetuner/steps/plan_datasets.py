@@ -103,6 +103,8 @@ def _sizes(source: Source, pictures: Sequence[Item]) -> Iterator[tuple[Item, Siz
 def _size(source: Source, item: Item) -> Size | str:
     from kubetuner.data.pictures import PictureError, measure
 
+    if item.pixels:
+        return item.pixels
     try:
         header = source.header(item, HEADER_BYTES)
         try:
