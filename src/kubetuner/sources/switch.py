@@ -55,9 +55,16 @@ def _hub(settings: DatasetSource) -> Source:
     return HubSource(settings)
 
 
+def _s3(settings: DatasetSource) -> Source:
+    from kubetuner.sources.s3 import S3Source
+
+    return S3Source(settings)
+
+
 _KINDS: dict[str, Callable[[DatasetSource], Source]] = {
     "local": _local,
     "gcs": _gcs,
-    "csv": _table,
     "huggingface": _hub,
+    "csv": _table,
+    "aws": _s3,
 }
