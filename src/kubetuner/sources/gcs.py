@@ -5,6 +5,7 @@ Credentials are Google's usual ones: workload identity on a cluster, ``GOOGLE_AP
 for the emulator that ``STORAGE_EMULATOR_HOST`` names.
 """
 
+import logging
 import os
 import re
 import tempfile
@@ -19,13 +20,16 @@ from kubetuner.sources.base import Item, Listing, PassingError, folder_listing, 
 if TYPE_CHECKING:
     from google.cloud.storage import Blob, Client
 
+logger = logging.getLogger(__name__)
+
 PAGE_SIZE = 1000
 CHUNK_BYTES = 32 << 20
 """Larger objects are read in parts of this size, several at once."""
 RETRY_SECONDS = 120.0
 """How long the client repeats one request that fails for passing reasons."""
 REQUEST_SECONDS = 60.0
-_FIELDS = "items(name,size,generation,crc32c,contentEncoding,updated),nextPageToken"
+_SCOPE = "https://www.googleapis.com/auth/devstorage.read_only"
+_FIELDS = "items(name,size,generation,crc32c,contentEncoding,timeCreated),nextPageToken"
 _ADDRESS = re.compile(r"gs://([^/]+)(?:/(.*))?")
 
 Result = TypeVar("Result")
@@ -87,7 +91,7 @@ class GcsSource:
                 continue
             # Objects that are stored compressed arrive unpacked: neither size nor checksum is that of the bytes.
             packed = blob.content_encoding == "gzip"
-            written = blob.updated
+            written = blob.time_created
             yield Item(
                 name,
                 size=-1 if packed else blob.size,
@@ -141,13 +145,17 @@ def _client() -> "Client":
     from google.auth.exceptions import DefaultCredentialsError
     from google.cloud import storage
 
-    if os.environ.get("STORAGE_EMULATOR_HOST"):
-        return storage.Client(project="none", credentials=AnonymousCredentials())
-    try:
-        credentials, project = google.auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_only"])
-    except DefaultCredentialsError:
-        credentials, project = AnonymousCredentials(), None
-    # A project is asked for but not used: buckets are named world-wide.
+    credentials, project = AnonymousCredentials(), None
+    if not os.environ.get("STORAGE_EMULATOR_HOST"):
+        try:
+            credentials, project = google.auth.default(scopes=[_SCOPE])
+        except DefaultCredentialsError as error:
+            if path := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
+                raise DatasetError(
+                    f"GOOGLE_APPLICATION_CREDENTIALS is {path!r}, which cannot be used: {error}"
+                ) from error
+            logger.info("there are no Google credentials: requests are anonymous")
+    # A project is asked for but not used: names of buckets are unique in the world.
     return storage.Client(project=project or "none", credentials=credentials)
 
 

@@ -82,6 +82,8 @@ class HubSource:
         """See :class:`Source`."""
         if self._tables is not None:
             return self._tables.glance(item)
+        if item.size <= length:
+            return self.read(item)
         return self._fetch(self._files[item.name], 0, length, bytes)
 
     def close(self) -> None:

@@ -12,8 +12,8 @@ import re
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from kubetuner.config.sections import HubDataset
 from kubetuner.errors import DatasetError
 from kubetuner.sources.base import Item, ItemError, Listing, PassingError, listing_of, retrying
 from kubetuner.sources.table import captions_of
+from kubetuner.sources.threads import in_threads
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
@@ -97,8 +98,8 @@ class ParquetPictures:
 
     def listing(self, commit: str) -> Listing:
         """One picture a row, in the order of the files; named by the path that the row holds, else by number."""
-        with ThreadPoolExecutor(_LISTED_AT_ONCE, thread_name_prefix="parquet") as pool:
-            rows = [row for found in pool.map(self._rows, range(len(self._files))) for row in found]
+        found = in_threads(self._rows, range(len(self._files)), _LISTED_AT_ONCE, "parquet")
+        rows = [row for each in found for row in each]
         uses = Counter(path for path, *_ in rows)
         items = []
         for path, place, captions, size in rows:
@@ -133,12 +134,13 @@ class ParquetPictures:
         """Path, place, captions and (width, height) of every row of a file, without its pictures."""
         import pyarrow as pa
 
+        file = self._files[index]
         table: ParquetFile = self._ranged.get(index)
         schema, hub = table.schema_arrow, self._hub
         wanted = [name for name in (hub.image_column, hub.caption_column) if name]
         if missing := [repr(name) for name in wanted if name not in schema.names]:
             known = ", ".join(schema.names)
-            raise DatasetError(f"{self._files[index].path} has no column {' and '.join(missing)}; it has {known}")
+            raise DatasetError(f"{file.path} has no column {' and '.join(missing)}; it has {known}")
         kind = schema.field(hub.image_column).type
         columns = [hub.caption_column] if hub.caption_column else []
         has_path = pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
@@ -149,7 +151,8 @@ class ParquetPictures:
         columns += ["width", "height"] if sized else []
         rows = []
         for group in range(table.num_row_groups):
-            cells = table.read_row_group(group, columns=columns).to_pylist() if columns else []
+            with _naming(file):
+                cells = table.read_row_group(group, columns=columns).to_pylist() if columns else []
             cells = cells or [{}] * table.metadata.row_group(group).num_rows
             for row, cell in enumerate(cells):
                 path = str((cell.get(hub.image_column) or {}).get("path") or "").lstrip("/")
@@ -161,7 +164,7 @@ class ParquetPictures:
         index, group = key
         column = self._hub.image_column
         # The file is shared by threads and its position is not.
-        with files.lock(index):
+        with files.lock(index), _naming(self._files[index]):
             cells: list[object] = files.get(index).read_row_group(group, columns=[column])[column].to_pylist()
         return cells
 
@@ -175,14 +178,25 @@ class ParquetPictures:
 
 
 def _parquet(file: HubFile, stream: IO[bytes] | io.BufferedIOBase) -> "ParquetFile":
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(stream)
-    except pa.ArrowException as error:
+        with _naming(file):
+            return pq.ParquetFile(stream)
+    except DatasetError:
         stream.close()
-        raise DatasetError(f"{file.path} is no readable parquet file ({error})") from error
+        raise
+
+
+@contextmanager
+def _naming(file: HubFile) -> Iterator[None]:
+    """Name the file in what goes wrong while it is read."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{file.path} is no readable parquet file ({str(error).splitlines()[0]})") from error
 
 
 def _download(file: HubFile, fetch: Fetch) -> IO[bytes]:

@@ -8,7 +8,6 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from kubetuner.errors import DatasetError
 from kubetuner.progress import Progress
 from kubetuner.sources.base import PICTURE_EXTENSIONS, Item, ItemError, Listing, Source, as_planned
 from kubetuner.sources.switch import open_source
+from kubetuner.sources.threads import in_threads
 
 logger = logging.getLogger(__name__)
 
@@ -135,11 +135,7 @@ def _in_order(section: DownloadSection, taken: Sequence[tuple[_Picture, Sample, 
 def _take_all(pictures: Sequence[_Picture], out: Path) -> Iterator[tuple[Sample, FileEntry] | Skipped]:
     """Take in ``pictures`` on several threads, in order."""
     readers = max((picture.origin.source.readers for picture in pictures), default=1)
-    pool = ThreadPoolExecutor(readers, thread_name_prefix="download")
-    try:
-        yield from pool.map(lambda picture: _take(picture, out), pictures)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return in_threads(lambda picture: _take(picture, out), pictures, readers, "download")
 
 
 def _take(picture: _Picture, out: Path) -> tuple[Sample, FileEntry] | Skipped:

@@ -1,8 +1,7 @@
 """Counting a dataset's pictures for the plan: headers only, no pixels are decoded."""
 
 import math
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +9,10 @@ from pathlib import Path
 from kubetuner.config.data import PictureData
 from kubetuner.config.sections import DatasetSource, TrainSection
 from kubetuner.errors import DatasetError, Problem
+from kubetuner.progress import Progress
 from kubetuner.sources.base import HEADER_BYTES, Item, ItemError, Listing, Source, named
 from kubetuner.sources.switch import located, open_source
+from kubetuner.sources.threads import in_threads
 
 _NAMED = 5
 Size = tuple[int, int]
@@ -79,28 +80,23 @@ def _measure(source: Source, measured: Measured, problems: list[Problem]) -> Non
         message = f"{source.place} holds no pictures; put pictures there or correct the path."
         problems.append(Problem(f"{where}.{source.key}", message))
         return
-    for item, size in _sizes(source, listing.pictures):
-        if isinstance(size, str):
-            measured.skipped.append((item.name, size))
-            continue
-        placement = place(measured.entry.geometry.geometry, *size, item.name)
-        if isinstance(placement, TooSmall):
-            measured.skipped.append((item.name, placement.reason))
-        else:
-            measured.buckets.setdefault(placement.bucket, []).append(placement.target_size)
+    sizes = in_threads(lambda item: _size(source, item), listing.pictures, source.readers, "plan")
+    with Progress(f"plan {measured.id}", len(listing.pictures), "pictures") as progress:
+        for item, size in zip(listing.pictures, sizes, strict=True):
+            progress.advance()
+            if isinstance(size, str):
+                measured.skipped.append((item.name, size))
+                continue
+            placement = place(measured.entry.geometry.geometry, *size, item.name)
+            if isinstance(placement, TooSmall):
+                measured.skipped.append((item.name, placement.reason))
+            else:
+                measured.buckets.setdefault(placement.bucket, []).append(placement.target_size)
     _check_captions(listing, measured, problems)
 
 
-def _sizes(source: Source, pictures: Sequence[Item]) -> Iterator[tuple[Item, Size | str]]:
-    """Each picture with its upright size, or why it has none."""
-    pool = ThreadPoolExecutor(source.readers, thread_name_prefix="plan")
-    try:
-        yield from zip(pictures, pool.map(lambda item: _size(source, item), pictures), strict=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def _size(source: Source, item: Item) -> Size | str:
+    """The upright picture's size, or why it has none."""
     from kubetuner.data.pictures import PictureError, measure
 
     if item.pixels:

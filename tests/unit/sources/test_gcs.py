@@ -207,3 +207,49 @@ def test_large_objects_come_in_parts(
 def test_a_malformed_address_is_named() -> None:
     with pytest.raises(DatasetError, match="no address like gs://bucket/prefix"):
         GcsSource(settings("gs:///x"))
+
+
+@pytest.fixture
+def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+
+
+@pytest.mark.usefixtures("no_credentials")
+def test_without_credentials_requests_are_anonymous(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"), closing(GcsSource(settings())) as source:
+        assert isinstance(source._client._credentials, AnonymousCredentials)
+    assert "requests are anonymous" in caplog.text
+
+
+@pytest.mark.usefixtures("no_credentials")
+def test_credentials_that_cannot_be_used_are_no_reason_to_go_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    with pytest.raises(DatasetError, match=r"GOOGLE_APPLICATION_CREDENTIALS is .*key\.json.*not found"):
+        GcsSource(settings())
+    (tmp_path / "key.json").write_text("{}")
+    with pytest.raises(DatasetError, match="cannot be used"):
+        GcsSource(settings())
+
+
+def test_a_replaced_object_stops_the_step(
+    bucket: storage.Bucket, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(bucket, make_folder(tmp_path / "set"))
+
+    class Replacing(GcsSource):
+        """Somebody writes to the bucket right after it was listed."""
+
+        def listing(self) -> base.Listing:
+            found = super().listing()
+            upload(bucket, {"a_picture_2.png": b"other"})
+            return found
+
+    monkeypatch.setattr(gcs, "GcsSource", Replacing)
+    with pytest.raises(DatasetError, match=r"gs://.*/a_picture_2\.png failed: it was replaced or removed while"):
+        download_dataset(DownloadSection(datasets=(settings(),)), tmp_path / "out")
+    assert not (tmp_path / "out" / "artifact.json").exists()

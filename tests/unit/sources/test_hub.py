@@ -223,6 +223,15 @@ def test_a_damaged_table_is_fetched_again(hub: DatasetHub, proxy: FaultyProxy, o
         again.read(item)
 
 
+def test_a_file_that_is_no_parquet_is_named(hub: DatasetHub, opened: Open) -> None:
+    whole = table([{"image": b"picture" * 1000}])
+    for damaged in (b"PAR1", whole[:100] + bytes(100) + whole[200:]):
+        hub.repos[NAME].commit({"data/train.parquet": damaged})
+        source = opened()
+        with pytest.raises(DatasetError, match=r"data/train\.parquet is no readable parquet file"):
+            source.read(source.listing().pictures[0])
+
+
 def test_a_missing_dataset_stops_the_plan(hub: DatasetHub, proxy: FaultyProxy, tmp_path: Path) -> None:
     entries = [
         {"id": name, "type": "huggingface", "dataset_name": f"alice/{name}", "resolution": 128} for name in ("x", "y")
