@@ -103,6 +103,8 @@ def measure(header: bytes) -> tuple[int, int]:
     """
     if not header:
         raise PictureError("empty file")
+    if (size := _webp_size(header)) is not None:
+        return size
     try:
         with closing(Image.open(io.BytesIO(header))) as image:
             _refuse_bomb(image)
@@ -110,6 +112,28 @@ def measure(header: bytes) -> tuple[int, int]:
             return (height, width) if _orientation(image) in _TURNS_SIDEWAYS else (width, height)
     except (OSError, *_DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PictureError(_explain(error)) from error
+
+
+def _webp_size(header: bytes) -> tuple[int, int] | None:
+    """(width, height) by the first chunk of a WebP file (RFC 9649), which Pillow only tells with the whole file.
+
+    ``None`` for other files, and where EXIF data at the file's end may turn the picture.
+    """
+    body = header[20:30]
+    if header[:4] != b"RIFF" or header[8:12] != b"WEBP" or len(body) < 10:
+        return None
+
+    def number(start: int, stop: int) -> int:
+        return int.from_bytes(body[start:stop], "little")
+
+    kind, size = header[12:16], None
+    if kind == b"VP8X" and not body[0] & 0x08:
+        size = (number(4, 7) + 1, number(7, 10) + 1)
+    elif kind == b"VP8L" and body[0] == 0x2F:
+        size = ((number(1, 5) & 0x3FFF) + 1, (number(1, 5) >> 14 & 0x3FFF) + 1)
+    elif kind == b"VP8 " and body[3:6] == b"\x9d\x01\x2a":
+        size = (number(6, 8) & 0x3FFF, number(8, 10) & 0x3FFF)
+    return size if size and 0 < size[0] * size[1] <= MAX_PIXELS else None
 
 
 def to_pixels(image: Image.Image, placement: Placement) -> "Tensor":

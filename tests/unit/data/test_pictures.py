@@ -5,6 +5,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,12 +186,37 @@ def test_measure_says_what_it_cannot_measure() -> None:
             measure(data)
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "gif", "ppm"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "gif", "ppm", "tif", "jp2", "webp"])
 def test_measure_needs_no_pixels(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
     Image.effect_noise((400, 300), 50).save(path)
     assert path.stat().st_size > 20_000
     assert measure(path.read_bytes()[:4096]) == (400, 300)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGB", {}),
+        ("RGBA", {}),
+        ("RGB", {"lossless": True}),
+        ("RGBA", {"lossless": True}),
+        ("RGB", {"icc_profile": b"x"}),
+    ],
+)
+def test_kinds_of_webp(mode: str, options: dict[str, Any]) -> None:
+    stream = io.BytesIO()
+    noise = Image.effect_noise((321, 123), 50)
+    image = noise.convert("RGB") if mode == "RGB" else Image.merge("RGBA", (noise, noise, noise, noise))
+    image.save(stream, "WEBP", **options)
+    assert measure(stream.getvalue()[:100]) == (321, 123)
+    turned = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(turned, "WEBP", exif=exif, **options)
+    assert measure(turned.getvalue()) == (123, 321)
+    with pytest.raises(PictureError):
+        measure(turned.getvalue()[:100])
 
 
 def test_a_missing_file_is_a_picture_error(tmp_path: Path) -> None:
