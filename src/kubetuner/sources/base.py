@@ -206,6 +206,11 @@ def named(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - _NAMED} more" if len(names) > _NAMED else shown
 
 
+def first_line(error: Exception) -> str:
+    """What ``error`` says, without the traces that libraries add; its name where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def retrying(what: str, call: Callable[[], Result], *, pause: float = 0.5) -> Result:
     """Repeat ``call`` while it raises :class:`PassingError`, with growing pauses of which a part is chance.
 

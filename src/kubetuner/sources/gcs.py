@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kubetuner.config.sections import DatasetSource
 from kubetuner.errors import DatasetError
-from kubetuner.sources.base import Item, Listing, PassingError, folder_listing, is_picture, is_text, retrying, verify
+from kubetuner.sources.base import (
+    Item,
+    Listing,
+    PassingError,
+    first_line,
+    folder_listing,
+    is_picture,
+    is_text,
+    retrying,
+    verify,
+)
 
 if TYPE_CHECKING:
     from google.cloud.storage import Blob, Client
@@ -117,11 +127,11 @@ class GcsSource:
             try:
                 return call()
             except (DataCorruption, RequestException) as error:
-                raise PassingError(str(error).splitlines()[0]) from error
+                raise PassingError(first_line(error)) from error
             except ClientError as error:
                 raise DatasetError(f"{what} failed: {_advice(what, int(error.code or 0))}") from error
             except (GoogleAPIError, GoogleAuthError) as error:
-                raise DatasetError(f"{what} failed: {str(error).splitlines()[0]}; try again later") from error
+                raise DatasetError(f"{what} failed: {first_line(error)}; try again later") from error
 
         return retrying(what, once)
 

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from kubetuner.config.sections import DatasetSource
 from kubetuner.errors import DatasetError
 from kubetuner.sources.base import Item, Listing, PassingError, folder_listing, retrying, verify
+from kubetuner.sources.hub_metadata import folder_captions
 from kubetuner.sources.parquet import HubFile, ParquetPictures, split_files
 from kubetuner.sources.web import RefusedError, Web
 
@@ -67,8 +68,14 @@ class HubSource:
         self._files = {file.name: file for file in files if file.path.startswith(self._prefix)}
         tables = split_files(list(self._files.values()), self._hub.split)
         if not tables:
-            items = (Item(file.name, file.size, self._commit, 0, file.checksum) for file in self._files.values())
-            return folder_listing(items, self._commit)
+            captions = self._captions()
+            return folder_listing(
+                (
+                    Item(file.name, file.size, self._commit, checksum=file.checksum, captions=captions.get(file.name))
+                    for file in self._files.values()
+                ),
+                self._commit,
+            )
         self._tables = ParquetPictures(tables, self._hub, self._fetch)
         return self._tables.listing(self._commit)
 
@@ -76,7 +83,7 @@ class HubSource:
         """See :class:`Source`."""
         if self._tables is not None:
             return self._tables.read(item)
-        return self._fetch(self._files[item.name], 0, None, lambda data: verify(item, data))
+        return self._whole(self._files[item.name])
 
     def header(self, item: Item, length: int) -> bytes:
         """See :class:`Source`."""
@@ -95,6 +102,16 @@ class HubSource:
     def _file(self, entry: "RepoFile") -> HubFile:
         checksum = f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git:{entry.blob_id}"
         return HubFile(entry.path.removeprefix(self._prefix), entry.path, entry.size, checksum)
+
+    def _captions(self) -> dict[str, tuple[str, ...]]:
+        if not self._hub.caption_column:
+            return {}
+        return folder_captions(self._files.values(), self._hub.caption_column, self._whole)
+
+    def _whole(self, file: HubFile) -> bytes:
+        """A file, compared with its checksum."""
+        item = Item(file.name, file.size, checksum=file.checksum)
+        return self._fetch(file, 0, None, lambda data: verify(item, data))
 
     def _fetch(self, file: HubFile, start: int, stop: int | None, check: Callable[[bytes], bytes]) -> bytes:
         """Bytes of one file at the commit."""

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from kubetuner.config.sections import HubDataset
 from kubetuner.errors import DatasetError
-from kubetuner.sources.base import Item, ItemError, Listing, PassingError, listing_of, retrying
+from kubetuner.sources.base import Item, ItemError, Listing, PassingError, first_line, listing_of, retrying
 from kubetuner.sources.table import captions_of
 from kubetuner.sources.threads import in_threads
 
@@ -196,7 +196,7 @@ def _naming(file: HubFile) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"{file.path} is no readable parquet file ({str(error).splitlines()[0]})") from error
+        raise DatasetError(f"{file.path} cannot be read as parquet ({first_line(error)})") from error
 
 
 def _download(file: HubFile, fetch: Fetch) -> IO[bytes]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kubetuner.config.sections import Bucket, DatasetSource
 from kubetuner.errors import DatasetError
-from kubetuner.sources.base import Item, Listing, PassingError, folder_listing, retrying, verify
+from kubetuner.sources.base import Item, Listing, PassingError, first_line, folder_listing, retrying, verify
 
 if TYPE_CHECKING:
     from botocore.client import BaseClient
@@ -108,7 +108,7 @@ class S3Source:
                 status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
                 raise DatasetError(f"{what} failed: {_advice(what, status)}") from error
             except BotoCoreError as error:
-                raise DatasetError(f"{what} failed: {str(error).splitlines()[0]}") from error
+                raise DatasetError(f"{what} failed: {first_line(error)}") from error
 
         return retrying(what, once)
 

@@ -117,14 +117,18 @@ def _size(source: Source, item: Item) -> Size | str:
 def _check_captions(listing: Listing, measured: Measured, problems: list[Problem]) -> None:
     from kubetuner.data.captions import text_name
 
-    source = measured.source
-    if source.caption_strategy != "textfile" or source.only_instance_prompt:
+    settings = measured.source
+    where = f"{measured.entry.where}.caption_strategy"
+    if settings.only_instance_prompt or settings.caption_strategy in ("filename", "instanceprompt"):
+        return
+    if settings.caption_strategy != "textfile":
+        if all(item.captions is None for item in listing.pictures):
+            problems.append(Problem(where, f"is {settings.caption_strategy}, but no picture has a caption there."))
         return
     missing = [item.name for item in listing.pictures if text_name(item) not in listing.texts]
     if missing:
         of = f"{len(missing)} of {len(listing.pictures)} pictures"
-        message = f"is textfile, but {of} have no .txt file beside them: {named(missing)}."
-        problems.append(Problem(f"{measured.entry.where}.caption_strategy", message))
+        problems.append(Problem(where, f"is textfile, but {of} have no .txt file beside them: {named(missing)}."))
 
 
 def kept_buckets(measured: Measured, train: TrainSection) -> dict[str, int]:

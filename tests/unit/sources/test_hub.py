@@ -228,8 +228,58 @@ def test_a_file_that_is_no_parquet_is_named(hub: DatasetHub, opened: Open) -> No
     for damaged in (b"PAR1", whole[:100] + bytes(100) + whole[200:]):
         hub.repos[NAME].commit({"data/train.parquet": damaged})
         source = opened()
-        with pytest.raises(DatasetError, match=r"data/train\.parquet is no readable parquet file"):
+        with pytest.raises(DatasetError, match=r"data/train\.parquet cannot be read as parquet"):
             source.read(source.listing().pictures[0])
+
+
+def test_metadata_files_of_a_folder_hold_captions(hub: DatasetHub, opened: Open) -> None:
+    hub.repos[NAME].commit(
+        {
+            "metadata.jsonl": ('{"file_name": "a.png", "text": "ein\u2028Ring"}\n\n'
+            '{"file_name": "b.png", "text": ["x", "y"]}').encode(),
+            "a.png": b"", "b.png": b"", "c.png": b"",
+            "deep/metadata.csv": b'file_name,text\nd.png,"one, two"\n', "deep/d.png": b"",
+        }
+    )  # fmt: skip
+    found = {item.name: item.captions for item in opened(hub={"caption_column": "text"}).listing().pictures}
+    assert found == {
+        "a.png": ("ein\u2028Ring",), "b.png": ("x", "y"), "c.png": None, "deep/d.png": ("one, two",),
+    }  # fmt: skip
+    assert {item.captions for item in opened().listing().pictures} == {None}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metadata.jsonl", b'{"file_name": "a.png"}', "row 1 has no column 'text'; it has file_name"),
+        ("metadata.jsonl", b"{", "metadata.jsonl is damaged"),
+        ("metadata.csv", b"name,text\na.png,x", "row 1 has no column 'file_name'; it has name, text"),
+    ],
+)
+def test_damaged_metadata_is_named(hub: DatasetHub, opened: Open, name: str, content: bytes, message: str) -> None:
+    hub.repos[NAME].commit({name: content, "a.png": b""})
+    with pytest.raises(DatasetError, match=message):
+        opened(hub={"caption_column": "text"}).listing()
+
+
+def test_a_folder_without_the_captions_asked_for_stops_the_plan(
+    hub: DatasetHub, proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    hub.repos[NAME].commit(pictures())
+    entry = {
+        "id": "set", "type": "huggingface", "dataset_name": NAME, "resolution": 128, "caption_column": "text",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"caption_strategy: is huggingface, but no picture has a caption there"):
+        make_plan(CONFIG, [entry], cwd=tmp_path)
+
+
+def test_a_hub_that_fails_for_good_is_named_also_inside_a_table(
+    hub: DatasetHub, proxy: FaultyProxy, opened: Open
+) -> None:
+    hub.repos[NAME].commit({"data/train.parquet": table([{"image": b"picture"}])})
+    proxy.fail("GET /_cdn", "status", 503, times=99)
+    with pytest.raises(DatasetError, match=r"reading data/train\.parquet of alice/rings failed 5 times, .*status 503"):
+        opened().listing()
 
 
 def test_a_missing_dataset_stops_the_plan(hub: DatasetHub, proxy: FaultyProxy, tmp_path: Path) -> None:
