@@ -11,6 +11,7 @@ from kubetuner.config.data_captions import read_filters, read_shuffle
 from kubetuner.config.data_crops import read_crop
 from kubetuner.config.data_keys import PICTURE_SCHEMA, TEXT_SCHEMA
 from kubetuner.config.data_sampling import read_sampling
+from kubetuner.config.data_sources import flatten_hub, read_storage
 from kubetuner.config.keys import Values, plain_name, read
 from kubetuner.config.sections import DatasetGeometry, DatasetSampling, DatasetSource, Geometry
 from kubetuner.errors import Problem
@@ -100,10 +101,10 @@ def read_data(
         if not isinstance(entry, Mapping):
             problems.append(Problem(where, f"is a {type(entry).__name__}; expected an object."))
             continue
-        fields = _fill({str(name): value for name, value in entry.items()}, facts)
+        faults: list[Problem] = []
+        fields = _fill(flatten_hub(entry, where, faults), facts)
         kind = next((value for name, value in fields.items() if plain_name(name) == "dataset_type"), None)
         schema = TEXT_SCHEMA if kind == "text_embeds" else PICTURE_SCHEMA
-        faults: list[Problem] = []
         values = read(fields, schema, where, faults)
         if values.flag("disabled"):
             continue
@@ -202,8 +203,7 @@ def _read_pictures(
     if "text_embeds" in values:
         seen.references.append((f"{where}.text_embeds", values.text("text_embeds")))
         seen.text_of[values.text("id")] = values.text("text_embeds")
-    if not values.text("instance_data_dir"):
-        problems.append(Problem(f"{where}.instance_data_dir", "is missing; expected the folder of the pictures."))
+    storage = read_storage(values, run, where, problems)
     _check_captions(values, run, where, problems)
     sampling = read_sampling(values, where, problems, seen.notes, facts=facts)
     geometry = _geometry(values, run, where, problems, seen.notes)
@@ -214,12 +214,10 @@ def _read_pictures(
     captions = values if "instance_prompt" in values else run
     source = DatasetSource.model_validate(
         {
-            **run.pick("caption_strategy"),
+            **storage,
             **values.pick(
                 "id",
                 "dataset_type",
-                "instance_data_dir",
-                "caption_strategy",
                 "prepend_instance_prompt",
                 "only_instance_prompt",
                 "disable_multiline_split",

@@ -2,21 +2,22 @@
 
 from kubetuner.config.keys import Alias, Foreign, Key, Later, Rule, Schema, Unneeded, one_of
 
-TYPES_LATER = frozenset({"aws", "csv", "huggingface", "webshart", "memory"})
+TYPES = ("local", "gcs", "huggingface", "csv", "aws")
+TYPES_LATER = frozenset({"webshart", "memory"})
 DATASET_TYPES_LATER = frozenset(
     {"image_embeds", "conditioning", "conditioning_image_embeds", "video", "audio", "caption"}
 )
 _STORE = "caches are artifacts, kept by content in the store"
-_S3 = "S3 storage is"
-_CSV = "csv storage is"
-_HUB = "datasets from the hub are"
+_SECRET = (
+    "Keys in this file would be written into the pipeline's parameters; put them into the environment of the pods "
+    "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN) or use a role."
+)
 _CURRICULUM = "a schedule in epochs (start_step and end_step count optimizer steps) is"
 _LISTED_ANEW = "listings are not kept between runs; each plan lists the folder anew"
 _CONDITIONING = "conditioning datasets are"
 
 _COMMON: dict[str, Rule] = {
     "id": Key("str", nullable=False),
-    "type": Key("str", one_of("local"), later=TYPES_LATER),
     "dataset_type": Key("str", one_of("image", "eval", "text_embeds"), later=DATASET_TYPES_LATER),
     "disabled": Key("bool"),
     "write_batch_size": Unneeded("int", "shards are written whole"),
@@ -26,21 +27,39 @@ _COMMON: dict[str, Rule] = {
     "preserve_data_backend_cache": Unneeded("bool", _LISTED_ANEW),
     "skip_file_discovery": Key("str"),
     "compress_cache": Later("compression of cached tensors is", (False,)),
-    **{f"aws_{name}": Later(_S3) for name in ("bucket_name", "endpoint_url", "access_key_id", "secret_access_key",
-                                               "region_name", "session_token", "max_pool_connections")},
-    "csv_file": Later(_CSV),
-    "csv_caption_column": Later(_CSV),
-    "csv_url_column": Later(_CSV),
-    "csv_cache_dir": Later(_CSV),
     "hash_filenames": Unneeded("bool", _STORE),
-}  # fmt: skip
+}
+
+_STORAGE: dict[str, Rule] = {
+    "type": Key("str", one_of(*TYPES), later=TYPES_LATER),
+    "aws_bucket_name": Key("str"),
+    "aws_endpoint_url": Key("str"),
+    "aws_region_name": Key("str"),
+    "aws_access_key_id": Foreign(_SECRET),
+    "aws_secret_access_key": Foreign(_SECRET),
+    "aws_session_token": Foreign(_SECRET),
+    "aws_max_pool_connections": Unneeded("int", "the number of connections is chosen here"),
+    "csv_file": Key("str"),
+    "csv_caption_column": Key("str"),
+    "csv_url_column": Key("str"),
+    "csv_cache_dir": Unneeded("str", _STORE),
+    "dataset_name": Key("str"),
+    "split": Key("str"),
+    "revision": Key("str"),
+    "image_column": Key("str"),
+    "caption_column": Key("str"),
+    "num_proc": Unneeded("int", "the number of threads is chosen here"),
+    "auto_load": Unneeded("bool", "datasets are read when a step needs them"),
+    "filter_func": Later("filtering of datasets from the hub is"),
+    "composite_image_config": Later("cutting composite pictures is"),
+}
 
 _PICTURES: dict[str, Rule] = {
     "instance_data_dir": Key("str"),
     "caption_strategy": Key(
         "str",
-        one_of("filename", "textfile", "instanceprompt"),
-        later=frozenset({"parquet", "csv", "huggingface", "webshart"}),
+        one_of("filename", "textfile", "instanceprompt", "csv", "huggingface"),
+        later=frozenset({"parquet", "webshart"}),
     ),
     "instance_prompt": Key("texts"),
     "prepend_instance_prompt": Key("bool"),
@@ -69,8 +88,8 @@ _PICTURES: dict[str, Rule] = {
     "cache_dir_vae": Key("str"),
     "metadata_backend": Key(
         "str",
-        {"discovery": "discovery", "json": "discovery"},
-        later=frozenset({"parquet", "huggingface", "webshart"}),
+        {"discovery": "discovery", "json": "discovery", "huggingface": "discovery"},
+        later=frozenset({"parquet", "webshart"}),
     ),
     "disable_multiline_split": Key("bool"),
     "text_embeds": Key("str"),
@@ -100,12 +119,10 @@ _PICTURES: dict[str, Rule] = {
     "metadata_update_interval": Unneeded("int", "listings are not kept between runs"),
     "disable_vae_cache": Foreign("SimpleTuner has no such key; its name is vae_cache_disable."),
     "cache_dir": Unneeded("str", _STORE),
-    **{name: Later(_HUB) for name in ("huggingface", "dataset_name", "split", "revision", "image_column",
-                                       "caption_column", "filter_func", "num_proc", "auto_load",
-                                       "composite_image_config")},
-}  # fmt: skip
+}
 
 _TEXTS: dict[str, Rule] = {
+    "type": Key("str", one_of("local"), later=frozenset({*TYPES, *TYPES_LATER} - {"local"})),
     "default": Key("bool"),
     "cache_dir": Key("str"),
     "caption_filter_list": Key("json"),
@@ -118,5 +135,5 @@ _ALIASES: dict[str, Alias] = {
     "is_regularization_data": Alias("is_regularisation_data"),
 }
 
-PICTURE_SCHEMA = Schema(rules={**_COMMON, **_PICTURES}, aliases=_ALIASES)
+PICTURE_SCHEMA = Schema(rules={**_COMMON, **_STORAGE, **_PICTURES}, aliases=_ALIASES)
 TEXT_SCHEMA = Schema(rules={**_COMMON, **_TEXTS}, aliases={"disable": Alias("disabled")})

@@ -1,55 +1,77 @@
-"""Pictures in a folder.
+"""Pictures in a folder (``type: local``).
 
-Files and folders whose names start with a dot are left out (editors and notebooks keep copies there). Links are
-followed, as volumes mounted from Kubernetes are made of them.
+Links are followed, as volumes mounted from Kubernetes are made of them.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from kubetuner.config.sections import DatasetSource
 from kubetuner.errors import DatasetError
-
-PICTURE_EXTENSIONS = frozenset(
-    {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".jp2"}
-)
-CAPTION_EXTENSIONS = frozenset({".txt"})
+from kubetuner.sources.base import Item, ItemError, Listing, folder_listing, is_picture, is_text
 
 
-def list_pictures(root: Path) -> tuple[Path, ...]:
-    """Every picture below ``root``, by extension, sorted by its path relative to ``root``.
+class LocalSource:
+    """The folder ``instance_data_dir``."""
+
+    key = "instance_data_dir"
+    readers = os.cpu_count() or 1
+
+    def __init__(self, settings: DatasetSource) -> None:
+        self._root = Path(settings.instance_data_dir)
+        self.place = str(self._root)
+
+    def listing(self) -> Listing:
+        """See :class:`Source`."""
+        if not self._root.is_dir():
+            raise DatasetError(f"{self._root} is not a folder; check {self.key}")
+        names = (path.relative_to(self._root).as_posix() for path in _walk(self._root, ()))
+        return folder_listing(file_item(self._root, name) for name in names if is_picture(name) or is_text(name))
+
+    def read(self, item: Item) -> bytes:
+        """See :class:`Source`."""
+        return read_file(self._root, item)
+
+    def header(self, item: Item, length: int) -> bytes:
+        """See :class:`Source`."""
+        return read_file(self._root, item, length)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def file_item(root: Path, name: str) -> Item:
+    """The file ``name`` below ``root``; its version is its modification time.
 
     Raises:
-        DatasetError: ``root`` is no folder, or a folder below it cannot be listed.
+        DatasetError: It is a link to nothing, or may not be looked at.
     """
-    return tuple(_files(root, PICTURE_EXTENSIONS))
+    try:
+        status = (root / name).stat()
+    except OSError as error:
+        raise DatasetError(
+            f"{root / name} cannot be read ({error.strerror or error}); check the link or rights"
+        ) from error
+    return Item(name, status.st_size, str(status.st_mtime_ns), status.st_mtime_ns)
 
 
-def listing_revision(root: Path) -> str:
-    """SHA-256 (hex) over name, size and modification time of every picture and caption file below ``root``.
+def read_file(root: Path, item: Item, length: int = -1) -> bytes:
+    """The first ``length`` bytes of ``item`` below ``root``, all of them when negative.
 
     Raises:
-        DatasetError: ``root`` is no folder, or a folder below it cannot be listed.
+        ItemError: It cannot be read.
+        DatasetError: It was written since it was listed.
     """
-    digest = hashlib.sha256()
-    for path in _files(root, PICTURE_EXTENSIONS | CAPTION_EXTENSIONS):
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise DatasetError(
-                f"{path} cannot be read ({error.strerror or error}); check the link or rights"
-            ) from error
-        name = os.fsencode(path.relative_to(root).as_posix())
-        digest.update(b"%d %d %d " % (len(name), status.st_size, status.st_mtime_ns) + name)
-    return digest.hexdigest()
-
-
-def _files(root: Path, extensions: frozenset[str]) -> list[Path]:
-    if not root.is_dir():
-        raise DatasetError(f"{root} is not a folder; check instance_data_dir")
-    found = (path for path in _walk(root, ()) if path.suffix.lower() in extensions)
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+    try:
+        with (root / item.name).open("rb") as file:
+            data = file.read(length)
+            status = os.fstat(file.fileno())
+    except OSError as error:
+        raise ItemError(f"cannot be read ({error.strerror or error})") from error
+    if (str(status.st_mtime_ns), status.st_size) != (item.version, item.size):
+        raise DatasetError(f"{root / item.name} was replaced while the step ran; run it again")
+    return data
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

@@ -2,23 +2,23 @@
 
 import random
 from collections.abc import Sequence
-from typing import TypeVar
 
-ItemT = TypeVar("ItemT")
+from kubetuner.sources.base import Item
 
 
-def subset(items: Sequence[ItemT], dataset: str, most: int | None) -> tuple[ItemT, ...]:
-    """At most ``most`` of ``items``, in their order.
+def subset(pictures: Sequence[Item], dataset: str, most: int | None) -> tuple[Item, ...]:
+    """At most ``most`` of ``pictures``, in their order; the same ones wherever they lie.
 
-    As SimpleTuner does, the listing is shuffled by a generator seeded with the dataset's id, and cut.
+    As SimpleTuner does, the sorted listing is shuffled by a generator seeded with the dataset's id, and cut.
 
     Args:
-        items: The dataset's pictures, sorted by name.
+        pictures: The dataset's pictures.
         dataset: ``id`` of the entry.
         most: ``max_num_samples``; ``None`` for all.
     """
-    if most is None or len(items) <= most:
-        return tuple(items)
-    positions = list(range(len(items)))
-    random.Random(dataset).shuffle(positions)
-    return tuple(items[position] for position in sorted(positions[:most]))
+    if most is None or len(pictures) <= most:
+        return tuple(pictures)
+    names = sorted(picture.name for picture in pictures)
+    random.Random(dataset).shuffle(names)
+    kept = set(names[:most])
+    return tuple(picture for picture in pictures if picture.name in kept)

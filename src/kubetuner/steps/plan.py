@@ -161,10 +161,7 @@ def _resolve_models(sections: Sections, models: _Models) -> Sections:
 
 
 def _resolve_datasets(sections: Sections, measured: Sequence[Measured]) -> Sections:
-    sources = tuple(
-        one.entry.source.model_copy(update={"revision": one.revision, "instance_data_dir": str(one.root)})
-        for one in measured
-    )
+    sources = tuple(one.source for one in measured)
     return sections.model_copy(update={"download": sections.download.model_copy(update={"datasets": sources})})
 
 

@@ -2,13 +2,19 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kubetuner.config.data import PictureData
 from kubetuner.config.schedule import stages
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections import DatasetSource, TrainSection
 from kubetuner.errors import DatasetError, Problem, on_one_line
+from kubetuner.progress import Progress
+from kubetuner.sources.base import HEADER_BYTES, Item, ItemError, Listing, Source, named
+from kubetuner.sources.subset import subset
+from kubetuner.sources.switch import located, open_source
+from kubetuner.sources.threads import in_threads
 
 _NAMED = 5
 Size = tuple[int, int]
@@ -20,16 +26,14 @@ class Measured:
 
     Attributes:
         entry: The entry of the data file.
-        root: The folder, absolute.
-        revision: Hash of the listing.
+        source: Its source, with local paths absolute and the revision and newest file of the listing.
         buckets: Target sizes (width, height) of the usable pictures, by bucket.
         skipped: Name and reason of pictures that cannot be used.
         unreadable: Those among them that are no pictures or damaged; the others are left out by limits.
     """
 
     entry: PictureData
-    root: Path
-    revision: str = ""
+    source: DatasetSource
     buckets: dict[str, list[Size]] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
@@ -52,64 +56,85 @@ class Measured:
 
 
 def measure(entry: PictureData, cwd: Path, problems: list[Problem]) -> Measured:
-    """Place every picture by its header; a missing folder or caption is appended to ``problems``."""
-    from kubetuner.sources.local import list_pictures, listing_revision
-    from kubetuner.sources.subset import subset
-
-    root = (cwd / entry.source.instance_data_dir).expanduser().resolve()
-    measured = Measured(entry, root)
-    place = f"{entry.where}.instance_data_dir"
-    if not root.is_dir():
-        measured.exists = False
-        problems.append(Problem(place, f"{root} is not a folder; create it or correct the path."))
-        return measured
+    """Place every picture by its header; what is wrong with the source or its captions goes to ``problems``."""
+    measured = Measured(entry, located(entry.source, cwd))
     try:
-        pictures = subset(list_pictures(root), entry.source.id, entry.source.max_num_samples)
-        measured.revision = listing_revision(root)
+        with closing(open_source(measured.source)) as source:
+            _measure(source, measured, problems)
     except DatasetError as error:
         measured.exists = False
-        problems.append(Problem(place, f"{error}."))
-        return measured
-    if not pictures:
-        problems.append(Problem(place, f"{root} holds no pictures; put pictures there or correct the path."))
-        measured.exists = False
-        return measured
-    for picture in pictures:
-        _place(picture, measured)
-    _check_captions(pictures, measured, problems)
+        problems.append(Problem(entry.where, f"{error}."))
     return measured
 
 
-def _place(picture: Path, measured: Measured) -> None:
-    from kubetuner.data import pictures
+def _measure(source: Source, measured: Measured, problems: list[Problem]) -> None:
     from kubetuner.data.geometry import LeftOut, place
-    from kubetuner.data.pictures import PictureError
 
-    name = picture.relative_to(measured.root).as_posix()
+    where = measured.entry.where
     try:
-        width, height = pictures.measure(picture)
-    except PictureError as error:
-        measured.skipped.append((name, error.reason))
-        measured.unreadable.append(name)
+        listing = source.listing()
+    except DatasetError as error:
+        measured.exists = False
+        problems.append(Problem(f"{where}.{source.key}", f"{error}."))
         return
-    placement = place(measured.entry.geometry.geometry, width, height, name)
-    if isinstance(placement, LeftOut):
-        measured.skipped.append((name, placement.reason))
-    else:
-        measured.buckets.setdefault(placement.bucket, []).append(placement.target_size)
+    pinned = {"revision": listing.revision, "newest": listing.newest}
+    measured.source = measured.source.model_copy(update=pinned)
+    if not listing.pictures:
+        measured.exists = False
+        message = f"{source.place} holds no pictures; put pictures there or correct the path."
+        problems.append(Problem(f"{where}.{source.key}", message))
+        return
+    pictures = subset(listing.pictures, measured.id, measured.source.max_num_samples)
+    sizes = in_threads(lambda item: _size(source, item), pictures, source.readers, "plan")
+    with Progress(f"plan {measured.id}", len(pictures), "pictures") as progress:
+        for item, size in zip(pictures, sizes, strict=True):
+            progress.advance()
+            if isinstance(size, str):
+                measured.skipped.append((item.name, size))
+                measured.unreadable.append(item.name)
+                continue
+            placement = place(measured.entry.geometry.geometry, *size, item.name)
+            if isinstance(placement, LeftOut):
+                measured.skipped.append((item.name, placement.reason))
+            else:
+                measured.buckets.setdefault(placement.bucket, []).append(placement.target_size)
+    _check_captions(pictures, listing, measured, problems)
 
 
-def _check_captions(pictures: Sequence[Path], measured: Measured, problems: list[Problem]) -> None:
-    source = measured.entry.source
-    if source.caption_strategy != "textfile" or source.only_instance_prompt:
+def _size(source: Source, item: Item) -> Size | str:
+    """The upright picture's size, or why it has none."""
+    from kubetuner.data.pictures import PictureError, measure
+
+    if item.pixels:
+        return item.pixels
+    try:
+        header = source.header(item, HEADER_BYTES)
+        try:
+            return measure(header)
+        except PictureError:
+            if len(header) != HEADER_BYTES or len(header) == item.size:
+                raise
+        # Long metadata before the size, or a format that says it at the end.
+        return measure(source.read(item))
+    except (ItemError, PictureError) as error:
+        return error.reason
+
+
+def _check_captions(pictures: Sequence[Item], listing: Listing, measured: Measured, problems: list[Problem]) -> None:
+    from kubetuner.data.captions import text_name
+
+    settings = measured.source
+    where = f"{measured.entry.where}.caption_strategy"
+    if settings.only_instance_prompt or settings.caption_strategy in ("filename", "instanceprompt"):
         return
-    missing = [
-        path.relative_to(measured.root).as_posix() for path in pictures if not path.with_suffix(".txt").is_file()
-    ]
+    if settings.caption_strategy != "textfile":
+        if all(item.captions is None for item in pictures):
+            problems.append(Problem(where, f"is {settings.caption_strategy}, but no picture has a caption there."))
+        return
+    missing = [item.name for item in pictures if text_name(item) not in listing.texts]
     if missing:
-        named = ", ".join(missing[:_NAMED]) + (f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else "")
-        message = f"is textfile, but {len(missing)} of {len(pictures)} pictures have no .txt file beside them: {named}."
-        problems.append(Problem(f"{measured.entry.where}.caption_strategy", message))
+        of = f"{len(missing)} of {len(pictures)} pictures"
+        problems.append(Problem(where, f"is textfile, but {of} have no .txt file beside them: {named(missing)}."))
 
 
 def kept_buckets(measured: Measured, train: TrainSection) -> dict[str, int]:

@@ -46,8 +46,37 @@ def texts(**more):
         ({"minimum_aspect_ratio": 2, "maximum_aspect_ratio": 1}, "minimum_aspect_ratio", "no picture fits"),
         ({"crop": True, "minimum_aspect_ratio": 1.5}, "minimum_aspect_ratio", "leaves out every picture"),
         ({"crop": True, "maximum_aspect_ratio": 0.5}, "maximum_aspect_ratio", "leaves out every picture"),
-        ({"type": "aws"}, "type", "not available yet"),
-        ({"type": "huggingface"}, "type", "not available yet"),
+        ({"type": "webshart"}, "type", "not available yet"),
+        ({"type": "gcs"}, "instance_data_dir", "expected gs://bucket/prefix"),
+        ({"instance_data_dir": "gs://b/x"}, "instance_data_dir", "set type to gcs"),
+        ({"instance_data_dir": "s3://b/x"}, "instance_data_dir", "set type to aws"),
+        ({"type": "aws"}, "aws_bucket_name", "missing"),
+        ({"type": "aws", "aws_bucket_name": "b", "instance_data_dir": "/x"}, "instance_data_dir", "inside the bucket"),
+        ({"aws_bucket_name": "b"}, "aws_bucket_name", "no effect with type local"),
+        ({"aws_secret_access_key": "hunter2"}, "aws_secret_access_key", "AWS_SECRET_ACCESS_KEY"),
+        ({"type": "csv"}, "csv_file", "expected a .csv, .tsv, .parquet file"),
+        ({"type": "csv", "csv_file": 5}, "csv_file", "expected a string"),
+        ({"type": "csv", "csv_file": "a.csv", "caption_strategy": "csv"}, "csv_caption_column", "missing"),
+        (
+            {"type": "csv", "csv_file": "a.csv", "csv_caption_column": "c", "caption_strategy": "filename"},
+            "csv_caption_column",
+            "would not be used",
+        ),
+        ({"type": "csv", "csv_file": "a.csv", "caption_strategy": "textfile"}, "caption_strategy", "no files beside"),
+        ({"caption_strategy": "csv"}, "caption_strategy", "needs type csv"),
+        ({"type": "huggingface"}, "dataset_name", "expected namespace/name"),
+        ({"type": "huggingface", "dataset_name": "a/b", "filter_func": {}}, "filter_func", "not available yet"),
+        (
+            {"type": "huggingface", "dataset_name": "a/b", "caption_strategy": "huggingface"},
+            "caption_column",
+            "missing",
+        ),
+        ({"type": "huggingface", "huggingface": 3, "dataset_name": "a/b"}, "huggingface", "expected an object"),
+        (
+            {"type": "huggingface", "huggingface": {"dataset_name": "a/c"}, "dataset_name": "a/b"},
+            "huggingface.dataset_name",
+            "given twice",
+        ),
         ({"dataset_type": "conditioning"}, "dataset_type", "not available yet"),
         ({"caption_strategy": "parquet"}, "caption_strategy", "not available yet"),
         ({"metadata_backend": "parquet"}, "metadata_backend", "not available yet"),
@@ -109,6 +138,28 @@ def test_entries_together(entries, where) -> None:
     assert list(problems_of(*entries)) == [where]
 
 
+def source_of(**entry):
+    return load(CONFIG, [entry]).data.pictures[0].source
+
+
+def test_sources() -> None:
+    assert source_of(id="a", type="gcs", instance_data_dir="gs://bucket").instance_data_dir == "gs://bucket"
+    table = source_of(id="a", type="csv", csv_file="a.csv", csv_caption_column="text", csv_cache_dir="x")
+    assert (table.caption_strategy, table.table.file, table.table.url_column) == ("csv", "a.csv", "url")
+    columns = {"dataset_name": "me/rings", "revision": "v1", "caption_column": "text", "num_proc": 4}
+    for entry in (columns, {"huggingface": columns}):
+        found = source_of(id="a", type="huggingface", metadata_backend="huggingface", **entry)
+        assert (found.caption_strategy, found.hub.name, found.hub.revision) == ("huggingface", "me/rings", "v1")
+    bucket = source_of(id="a", type="aws", aws_bucket_name="b", aws_endpoint_url="http://x", aws_region_name="auto")
+    assert bucket.bucket.model_dump() == {"name": "b", "endpoint_url": "http://x", "region": "auto"}
+
+
+def test_a_secret_is_not_repeated() -> None:
+    found = problems_of(image(type="aws", aws_bucket_name="b", instance_data_dir="", aws_access_key_id="hunter2"))
+    assert list(found) == ["[0].aws_access_key_id"]
+    assert "hunter2" not in str(found)
+
+
 def test_accepted_spellings(monkeypatch) -> None:
     monkeypatch.setenv("KT_DATA", "/mnt/data")
     run = load(
@@ -118,7 +169,7 @@ def test_accepted_spellings(monkeypatch) -> None:
             image(
                 id="b", dataset_type="eval", cache_dir_vae="{output_dir}/{model_family}", is_regularization_data=False
             ),
-            image(id="gone", disable=True, type="aws", nonsense=1),
+            image(id="gone", disable=True, type="aws", nonsense=1, huggingface=2),
         ],
     )
     first, second = run.data.pictures
