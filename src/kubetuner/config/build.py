@@ -13,7 +13,6 @@ from kubetuner.config.schedule import empty_stages
 from kubetuner.config.sections import (
     CacheTextSection,
     CacheVaeSection,
-    DownloadSection,
     EvaluateSection,
     FamilyName,
     FlowSchedule,
@@ -24,6 +23,7 @@ from kubetuner.config.sections import (
     Sections,
     TrainSection,
 )
+from kubetuner.config.source_sections import DownloadSection
 from kubetuner.errors import Problem
 
 DEFAULT_JUDGE = "openai/clip-vit-large-patch14-336"

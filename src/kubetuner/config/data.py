@@ -13,7 +13,8 @@ from kubetuner.config.data_keys import PICTURE_SCHEMA, TEXT_SCHEMA
 from kubetuner.config.data_sampling import read_sampling
 from kubetuner.config.data_sources import flatten_hub, read_storage
 from kubetuner.config.keys import Values, plain_name, read
-from kubetuner.config.sections import DatasetGeometry, DatasetSampling, DatasetSource, Geometry
+from kubetuner.config.sections import DatasetGeometry, DatasetSampling, Geometry
+from kubetuner.config.source_sections import DatasetSource
 from kubetuner.errors import Problem
 
 _ALIGNMENTS = (8, 16, 24, 32, 64)

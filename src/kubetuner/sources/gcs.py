@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kubetuner.config.sections import DatasetSource
+from kubetuner.config.source_sections import DatasetSource
 from kubetuner.errors import DatasetError
 from kubetuner.sources.base import (
     Item,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from kubetuner.config.sections import DatasetSource
+from kubetuner.config.source_sections import DatasetSource
 from kubetuner.errors import DatasetError
 from kubetuner.sources.base import Item, ItemError, Listing, folder_listing, is_picture, is_text
 
@@ -27,7 +27,13 @@ class LocalSource:
         if not self._root.is_dir():
             raise DatasetError(f"{self._root} is not a folder; check {self.key}")
         names = (path.relative_to(self._root).as_posix() for path in _walk(self._root, ()))
-        return folder_listing(file_item(self._root, name) for name in names if is_picture(name) or is_text(name))
+        return folder_listing(self._item(name) for name in names if is_picture(name) or is_text(name))
+
+    def _item(self, name: str) -> Item:
+        try:
+            return file_item(self._root, name)
+        except DatasetError:  # a link to nothing: one picture that cannot be read, and no reason to stop the rest
+            return Item(name)
 
     def read(self, item: Item) -> bytes:
         """See :class:`Source`."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from kubetuner.config.sections import DatasetSource
+from kubetuner.config.source_sections import DatasetSource
 from kubetuner.sources.base import Source
 
 

@@ -24,7 +24,7 @@ from kubetuner.artifacts import (
     write_atomically,
     write_rows,
 )
-from kubetuner.config.sections import DatasetSource, DownloadSection
+from kubetuner.config.source_sections import DatasetSource, DownloadSection
 from kubetuner.data.captions import CaptionError, captions_for
 from kubetuner.data.pictures import PictureError, check_picture
 from kubetuner.errors import DatasetError, on_one_line

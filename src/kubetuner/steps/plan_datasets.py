@@ -8,7 +8,8 @@ from pathlib import Path
 
 from kubetuner.config.data import PictureData
 from kubetuner.config.schedule import stages
-from kubetuner.config.sections import DatasetSource, TrainSection
+from kubetuner.config.sections import TrainSection
+from kubetuner.config.source_sections import DatasetSource
 from kubetuner.errors import DatasetError, Problem, on_one_line
 from kubetuner.progress import Progress
 from kubetuner.sources.base import HEADER_BYTES, Item, ItemError, Listing, Source, named

@@ -14,7 +14,7 @@ from google.cloud import storage
 from PIL import Image
 
 from kubetuner.artifacts import Sample, read_rows
-from kubetuner.config.sections import DatasetSource, DownloadSection
+from kubetuner.config.source_sections import DatasetSource, DownloadSection
 from kubetuner.errors import DatasetError
 from kubetuner.sources import base, gcs
 from kubetuner.sources.gcs import GcsSource

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from kubetuner.config.sections import DatasetSource
+from kubetuner.config.source_sections import DatasetSource
 from kubetuner.errors import DatasetError
-from kubetuner.sources.base import Listing
+from kubetuner.sources.base import ItemError, Listing
 from kubetuner.sources.local import LocalSource
 
 
@@ -73,10 +73,13 @@ def test_the_revision_changes_with_names_sizes_times_and_captions_only(tmp_path:
     assert len(set(seen)) == 5
 
 
-def test_a_broken_link_is_named(tmp_path: Path) -> None:
+def test_a_broken_link_is_one_unreadable_picture(tmp_path: Path) -> None:
     (tmp_path / "a.png").symlink_to("nowhere.png")
-    with pytest.raises(DatasetError, match=r"a\.png cannot be read \(No such file"):
-        listing(tmp_path)
+    touch(tmp_path, "b.png")
+    local = source(tmp_path)
+    broken, _ = local.listing().pictures
+    with pytest.raises(ItemError, match=r"cannot be read \(No such file"):
+        local.read(broken)
 
 
 def test_a_file_that_was_replaced_since_is_not_read(tmp_path: Path) -> None:

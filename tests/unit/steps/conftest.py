@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kubetuner.config.sections import DatasetSource, DownloadSection, FamilyName, ModelRef
+from kubetuner.config.sections import FamilyName, ModelRef
+from kubetuner.config.source_sections import DatasetSource, DownloadSection
 from kubetuner.steps.download_dataset import download_dataset
 from pipelines.recipes.demo.models import build_pipeline, write_pipeline
 

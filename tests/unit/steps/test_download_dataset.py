@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from kubetuner.artifacts import DatasetArtifact, Sample, read_artifact, read_rows, sha256_of, verify_files
-from kubetuner.config.sections import DatasetSource, DownloadSection
+from kubetuner.config.source_sections import DatasetSource, DownloadSection
 from kubetuner.errors import ArtifactError, DatasetError
 from kubetuner.sources.local import LocalSource
 from kubetuner.steps.download_dataset import download_dataset
