@@ -70,6 +70,7 @@ class Batches:
 
     def batch(self, step: int, micro: int) -> Batch:
         """The batch of micro-step ``micro`` of optimizer step ``step``, both counted from 0."""
+        self._samples.renew_claims()
         position = step * self._section.gradient_accumulation_steps + micro
         epoch, index = divmod(position, self.batches_per_epoch)
         if self._epoch[0] != epoch:
@@ -159,6 +160,11 @@ class EncodedSamples:
             raise ArtifactError(f"no embedding of {text!r}; run cache_text_embeds again")
         row = self._texts[text]
         return self._read(row.key, row.shard, self._names)
+
+    def renew_claims(self) -> None:
+        """Keep the shards from being collected as garbage while training takes days."""
+        for reader in set(self._readers.values()):
+            reader.renew_claims()
 
     def _open(self, folder: Path, artifact: LatentsArtifact | TextEmbedsArtifact) -> None:
         verify_files(folder, artifact)

@@ -50,7 +50,7 @@ def cache_text_embeds(
     ]
     keys = {text: _key(section, text) for text in ["", *(text for row in captions for text in row.texts)]}
     namespace = f"text-{fingerprint(section.deciding())[:16]}"
-    known = store.known(namespace)
+    known = store.known(namespace, frozenset(keys.values()))
     missing = [text for text, key in keys.items() if key not in known]
     known |= _encode(section, store, namespace, {text: keys[text] for text in missing})
     logger.info("text embeddings: %d reused, %d encoded", len(keys) - len(missing), len(missing))

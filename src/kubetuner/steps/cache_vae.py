@@ -61,7 +61,7 @@ def cache_vae(
     store = resolve_store(out)
     namespace = f"latents-{fingerprint(section.model, section.dtype)[:16]}"
     placed, skipped = _place_all(section, dataset, shard, num_shards)
-    known = store.known(namespace)
+    known = store.known(namespace, {item.key for item in placed})
     missing = list({item.key: item for item in placed if item.key not in known}.values())
     written, broken = _encode(section, dataset, store, namespace, missing)
     known |= written
