@@ -5,20 +5,21 @@
     <root>/shards/<sha256>.safetensors          tensors named "<key>.<name>"
     <root>/index/<namespace>/<sha256>.json      which keys the shard holds; written after the shard, by rename
 
-A shard without an index entry is invisible, so a writer that is killed at any byte leaves nothing half-written behind.
-Shards are never changed: new samples go to new shards.
+A shard without an index entry is invisible, so of a writer that is killed at any byte nothing half-written is seen; at
+most a ``.tmp`` file stays behind. Shards are never changed: new samples go to new shards.
 
-Reading every byte of a large store at the start of every step would take longer than the step. So an index entry notes
-when its shard was last written, and only a shard whose file looks different is hashed again. Bytes that changed behind
-the file system's back are found when the shard is opened for reading (:meth:`Store.verify_bytes`) or by ``kubetuner
-cache verify``. The modification time of an index entry is the last time a step claimed its shard; ``kubetuner cache
-gc`` goes by it.
+Reading every byte of a large store at the start of every step would take longer than the step. So a shard whose
+checksum was right gets a modification time made of that checksum, and only one with another time is hashed again. Bytes
+that changed behind the file system's back are found when the shard is opened for reading (:meth:`Store.verify_bytes`)
+or by ``kubetuner cache verify``. The modification time of an index entry is the last time a step claimed its shard;
+``kubetuner cache gc`` goes by it.
 """
 
 import logging
 import os
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -37,22 +38,13 @@ logger = logging.getLogger(__name__)
 STORE_VARIABLE = "KUBETUNER_STORE"
 # How often a step at work says again which shards it needs; far below the day that gc leaves every claim.
 RENEWAL_SECONDS = 3600.0
-# New shards are dated this far back, so that whatever changes them, however soon, changes their date.
-_DATED_BACK_NS = 10 * 10**9
 
 
 class IndexEntry(Record):
-    """The index entry of one shard.
-
-    Attributes:
-        shard: The shard.
-        keys: Its samples.
-        mtime_ns: Modification time of the shard's file when its checksum was last known to be right.
-    """
+    """The index entry of one shard."""
 
     shard: ShardEntry
     keys: tuple[str, ...]
-    mtime_ns: int = 0
 
 
 class Store:
@@ -60,7 +52,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._sound: set[str] = set()
+        self._hashed: set[str] = set()
         self._claims: set[Path] = set()
         self._renewed = time.monotonic()
 
@@ -71,8 +63,8 @@ class Store:
     def known(self, namespace: str, wanted: Collection[str] | None = None) -> dict[str, ShardEntry]:
         """Sample key → shard, for those of the ``wanted`` keys (default: all) that are in ``namespace``.
 
-        Their shards are claimed. One whose size or checksum is wrong is named in the log and forgotten, so its samples
-        are encoded again.
+        Their shards are claimed. One that is damaged is named in the log and its index entry removed, so that its
+        samples are encoded again. The file stays: another process may be putting an undamaged one in its place.
         """
         found: dict[str, ShardEntry] = {}
         for entry in sorted((self.root / "index" / namespace).glob("*.json")):
@@ -81,7 +73,14 @@ class Store:
                 entry.unlink(missing_ok=True)
                 continue
             keys = index.keys if wanted is None else [key for key in index.keys if key in wanted]
-            if keys and self._claimed_and_sound(entry, index):
+            if not keys:
+                continue
+            # Claimed first and looked at second: what gc took before the claim is missing now.
+            self._claims.add(entry)
+            _mark([entry])
+            if damage := self._damage(index.shard):
+                self._forget(index.shard.file, damage)
+            else:
                 found.update(dict.fromkeys(keys, index.shard))
         return found
 
@@ -93,32 +92,51 @@ class Store:
             f"{key}.{name}": tensor.contiguous() for key in sorted(samples) for name, tensor in samples[key].items()
         }
         # Not the process id: pods that share a store have the same one.
-        staging = self.root / "shards" / f".writing-{uuid.uuid4().hex}"
+        staging = self.root / "shards" / f".writing-{uuid.uuid4().hex}.tmp"
         write_atomically(staging, lambda path: save_file(tensors, path))
         digest = sha256_of(staging)
         shard = ShardEntry(
             file=f"{digest}.safetensors", samples=len(samples), bytes=staging.stat().st_size, sha256=digest
         )
-        dated = time.time_ns() - _DATED_BACK_NS
-        os.utime(staging, ns=(dated, dated))
+        _date(staging, digest)
         staging.replace(self.path(shard.file))
+        index = IndexEntry(shard=shard, keys=tuple(sorted(samples))).model_dump_json()
         entry = self.root / "index" / namespace / f"{digest}.json"
-        mtime_ns = self.path(shard.file).stat().st_mtime_ns
-        self._write_entry(entry, IndexEntry(shard=shard, keys=tuple(sorted(samples)), mtime_ns=mtime_ns))
+        write_atomically(entry, lambda path: path.write_text(index, encoding="utf-8"))
         self._claims.add(entry)
         self.renew_claims()
         return shard
 
-    def tensor_names(self, shard: ShardEntry) -> frozenset[str]:
-        """Names of the tensors that each sample of ``shard`` has, from the file's header."""
+    def shapes(self, shards: Iterable[ShardEntry]) -> dict[str, tuple[int | None, ...]]:
+        """Name → shape of the tensors that each sample of ``shards`` has, from the files' headers.
+
+        An axis whose size is not the same in all samples is ``None``.
+        """
         from safetensors import safe_open
 
-        with safe_open(self.path(shard.file), framework="np") as file:
-            return frozenset(key.partition(".")[2] for key in file.keys())  # noqa: SIM118
+        seen: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+        for shard in shards:
+            with safe_open(self.path(shard.file), framework="np") as file:
+                for tensor in file.keys():  # noqa: SIM118
+                    seen[tensor.partition(".")[2]].add(tuple(file.get_slice(tensor).get_shape()))
+        return {
+            name: tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*seen[name], strict=True))
+            for name in sorted(seen)
+        }
 
     def entries(self, file: str = "*") -> list[Path]:
         """The index entries of the shard called ``file``, or of all shards."""
         return sorted((self.root / "index").glob(f"*/{Path(file).stem}.json"))
+
+    def read_entry(self, entry: Path) -> IndexEntry | None:
+        """An index entry; ``None`` when it cannot be read or was removed since it was listed."""
+        try:
+            return IndexEntry.model_validate_json(entry.read_bytes())
+        except FileNotFoundError:  # Another process found its shard damaged first.
+            return None
+        except ValidationError as problem:
+            logger.warning("index entry %s is damaged, its samples are encoded again: %s", entry, problem)
+            return None
 
     def claim(self, shards: Iterable[ShardEntry]) -> None:
         """Say that a step needs ``shards`` from now on; no effect where the store is mounted for reading only."""
@@ -133,71 +151,70 @@ class Store:
             _mark(self._claims)
 
     def verify(self, shard: ShardEntry) -> None:
-        """Check that a shard is there and, where its file looks different from when it was written, its checksum.
+        """Check that a shard is there and, unless its date says that its checksum was right, hash it.
 
         Raises:
-            ArtifactError: It is missing or damaged; names the file and the step to run again.
+            ArtifactError: It is missing or damaged; names the file, what is wrong and the steps to run again.
         """
-        indexed = [index for entry in self.entries(shard.file) if (index := self.read_entry(entry)) is not None]
-        self._verify(shard, {index.mtime_ns for index in indexed})
+        if damage := self._damage(shard):
+            raise ArtifactError(f"shard {self.path(shard.file)} {damage}; run cache_vae and cache_text_embeds again")
 
     def verify_bytes(self, file: str) -> None:
-        """Check the checksum of the shard called ``file``, once in the life of this object.
+        """Hash the shard called ``file``, once in the life of this object.
 
         A damaged one is forgotten, so that the next cache step encodes its samples again.
 
         Raises:
             ArtifactError: It is missing or damaged.
         """
-        if file in self._sound:
+        if file in self._hashed:
             return
-        path = self.path(file)
-        if not path.is_file() or sha256_of(path) != path.stem:
-            for entry in self.entries(file):
-                if os.access(entry.parent, os.W_OK):
-                    entry.unlink(missing_ok=True)
-            raise _damaged(path)
-        self._sound.add(file)
+        if damage := self._damaged_bytes(self.path(file)):
+            self._forget(file, damage)
+            raise ArtifactError(f"shard {self.path(file)} {damage}; run the step that caches it again")
 
-    def read_entry(self, entry: Path) -> IndexEntry | None:
-        """An index entry; ``None`` when it cannot be read or was removed since it was listed."""
-        try:
-            return IndexEntry.model_validate_json(entry.read_bytes())
-        except FileNotFoundError:
-            return None
-        except ValidationError as problem:
-            logger.warning("%s cannot be read, its samples are encoded again: %s", entry, problem)
-            return None
-
-    def _claimed_and_sound(self, entry: Path, index: IndexEntry) -> bool:
-        """Claim a shard, then look at it: what ``gc`` took before the claim is missing now."""
-        self._claims.add(entry)
-        _mark([entry])
-        try:
-            self._verify(index.shard, {index.mtime_ns})
-            mtime_ns = self.path(index.shard.file).stat().st_mtime_ns
-        except (ArtifactError, FileNotFoundError) as problem:
-            logger.warning("its samples are encoded again: %s", problem)
-            entry.unlink(missing_ok=True)
-            return False
-        if mtime_ns != index.mtime_ns:
-            self._write_entry(entry, index.model_copy(update={"mtime_ns": mtime_ns}))
-        return True
-
-    def _verify(self, shard: ShardEntry, stamps: Collection[int]) -> None:
+    def _damage(self, shard: ShardEntry) -> str:
+        """What is wrong with a shard, or nothing."""
         path = self.path(shard.file)
         try:
-            file = path.stat()
+            found = path.stat()
         except FileNotFoundError:
-            raise _damaged(path) from None
-        if file.st_size != shard.bytes:
-            raise _damaged(path)
-        if file.st_mtime_ns not in stamps:
-            self.verify_bytes(shard.file)
+            return "is missing"
+        if found.st_size != shard.bytes:
+            return f"is damaged: it has {found.st_size} bytes, expected {shard.bytes}"
+        return "" if found.st_mtime_ns == _dated(shard.sha256) else self._damaged_bytes(path)
 
-    def _write_entry(self, entry: Path, index: IndexEntry) -> None:
-        text = index.model_dump_json()
-        write_atomically(entry, lambda path: path.write_text(text, encoding="utf-8"))
+    def _damaged_bytes(self, path: Path) -> str:
+        """What is wrong with the shard at ``path`` by its checksum; it is dated when nothing is."""
+        try:
+            if sha256_of(path) != path.stem:
+                return "is damaged (its bytes do not have the checksum in its name)"
+        except FileNotFoundError:
+            return "is missing"
+        self._hashed.add(path.name)
+        if os.access(path, os.W_OK):
+            _date(path, path.stem)
+        return ""
+
+    def _forget(self, file: str, damage: str) -> None:
+        """Remove the index entries of a shard, where the store can be written."""
+        for entry in self.entries(file):
+            index = self.read_entry(entry)
+            if index is not None and os.access(entry.parent, os.W_OK):
+                logger.warning(
+                    "shard %s %s; its %d samples are encoded again", self.path(file), damage, len(index.keys)
+                )
+                entry.unlink(missing_ok=True)
+
+
+def _dated(digest: str) -> int:
+    """The modification time, in nanoseconds, of a shard with the checksum ``digest``: somewhere before 1979."""
+    return int(digest[:7], 16) * 10**9
+
+
+def _date(path: Path, digest: str) -> None:
+    with suppress(FileNotFoundError):
+        os.utime(path, ns=(_dated(digest), _dated(digest)))
 
 
 def _mark(entries: Iterable[Path]) -> None:
@@ -206,10 +223,6 @@ def _mark(entries: Iterable[Path]) -> None:
         if os.access(entry, os.W_OK):
             with suppress(FileNotFoundError):
                 os.utime(entry)
-
-
-def _damaged(path: Path) -> ArtifactError:
-    return ArtifactError(f"shard {path} is missing or damaged; run cache_vae and cache_text_embeds again")
 
 
 def resolve_store(artifact_folder: Path) -> Store:

@@ -73,7 +73,7 @@ def namespaces(store: Store, now: float) -> list[Namespace]:
         if not shards:
             continue
         samples, size = sum(shard.samples for shard in shards), sum(shard.bytes for shard in shards)
-        found.append(Namespace(folder.name, len(shards), samples, size, now - max(map(_changed, entries))))
+        found.append(Namespace(folder.name, len(shards), samples, size, now - max(map(_claimed, entries))))
     return found
 
 
@@ -141,7 +141,7 @@ def find_garbage(store: Store, kept: set[str], unused_days: float, now: float) -
     # Half-written index entries, and those whose shard is gone.
     loose = [*(store.root / "index").glob("*/.*.tmp")]
     loose += [entry for file, known in entries.items() if not store.path(file).exists() for entry in known]
-    found += [Garbage(path, (), path.stat().st_size, "no shard") for path in loose if _changed(path) < limit]
+    found += [Garbage(path, (), path.stat().st_size, "no shard") for path in loose if _moved(path) < limit]
     return sorted(found, key=lambda one: one.path)
 
 
@@ -161,7 +161,7 @@ def _remove(store: Store, one: Garbage, unused_days: float) -> bool:
         one.path.rename(aside)
     except FileNotFoundError:  # Another gc was faster.
         return False
-    if any(_changed(entry) >= time.time() - unused_days * DAY for entry in one.entries):
+    if any(_claimed(entry) >= time.time() - unused_days * DAY for entry in one.entries):
         aside.rename(one.path)
         return False
     for entry in one.entries:
@@ -171,17 +171,25 @@ def _remove(store: Store, one: Garbage, unused_days: float) -> bool:
 
 
 def _garbage(path: Path, entries: Sequence[Path], limit: float, now: float) -> Garbage | None:
-    changed = max(map(_changed, entries or [path]))
-    if changed >= limit:
+    used = max(map(_claimed, entries)) if entries else _moved(path)
+    if used >= limit:
         return None
-    days = (now - changed) / DAY
+    days = (now - used) / DAY
     reason = f"not used for {days:.0f} days" if entries else f"left unfinished or forgotten {days:.0f} days ago"
     return Garbage(path, tuple(entries), path.stat().st_size, reason)
 
 
-def _changed(path: Path) -> float:
-    """Modification time in seconds; long ago for what is gone."""
+def _claimed(entry: Path) -> float:
+    """When an index entry was last claimed, in seconds; long ago for what is gone."""
     try:
-        return path.stat().st_mtime
+        return entry.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _moved(path: Path) -> float:
+    """When a file was last written or renamed, in seconds: shards are not dated by the clock."""
+    try:
+        return path.stat().st_ctime
     except FileNotFoundError:
         return 0.0

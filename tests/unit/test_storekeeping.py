@@ -32,8 +32,9 @@ def rot(path: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def garbage(store: Store, kept: set[str] | None = None, days: float = 14.0) -> list[Garbage]:
-    return find_garbage(store, kept or set(), days, time.time())
+def garbage(store: Store, kept: set[str] | None = None, days: float = 14.0, later: float = 0.0) -> list[Garbage]:
+    """What is garbage ``later`` days from now."""
+    return find_garbage(store, kept or set(), days, time.time() + later * DAY)
 
 
 def test_namespaces_are_counted(tmp_path: Path) -> None:
@@ -112,11 +113,11 @@ def test_only_wanted_samples_are_looked_at_and_claimed(tmp_path: Path) -> None:
     used, other = fill(store, "a"), fill(store, "bb")
     unused_for(store, used, 20)
     unused_for(store, other, 20)
-    (tmp_path / "shards" / other.file).unlink()
+    (tmp_path / "shards" / other.file).write_bytes(b"damaged")
 
     assert Store(tmp_path).known("latents-a", {"a1", "c0"}) == {"a1": used}
 
-    assert [one.path.name for one in garbage(store)] == [f"{other.sha256}.json"]
+    assert [one.path.name for one in garbage(store)] == [other.file]
 
 
 def test_gc_spares_what_artifacts_and_runs_use(tmp_path: Path) -> None:
@@ -177,10 +178,8 @@ def test_leftovers_go_when_they_are_old(tmp_path: Path) -> None:
     ]
     for path in leftovers:
         path.write_bytes(b"half")
-    assert garbage(store, days=1) == []
-    for path in leftovers:
-        os.utime(path, (1, 1))
-    found = garbage(store, days=1)
+    assert garbage(store, days=3, later=2) == []
+    found = garbage(store, kept={shard.file}, days=1, later=2)
     assert {one.path for one in found} == set(leftovers)
     remove(store, found, 1)
     assert not any(path.exists() for path in leftovers)

@@ -19,7 +19,7 @@ class ShardReader:
         self._open: dict[str, Any] = {}
 
     def verify(self, shards: Sequence[ShardEntry]) -> None:
-        """Claim every shard and check it; those that look as they were written are hashed when they are first read.
+        """Claim every shard and check it; those dated as sound are hashed when they are first read.
 
         Raises:
             ArtifactError: A shard is missing or damaged.
@@ -36,7 +36,7 @@ class ShardReader:
         """The tensors ``names`` of the sample ``key``, copied out of the shard, in their stored dtype.
 
         Raises:
-            ArtifactError: The shard is missing or damaged, or does not hold the sample.
+            ArtifactError: The shard is missing, damaged or does not hold the sample.
         """
         handle = self._handle(shard)
         try:

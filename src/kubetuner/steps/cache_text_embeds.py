@@ -5,22 +5,26 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kubetuner.artifacts import (
+    ARTIFACT_FILE,
     CaptionRow,
     DatasetArtifact,
+    FileEntry,
     Sample,
     ShardEntry,
     TensorSpec,
     TextEmbedsArtifact,
     TextRow,
     fingerprint,
-    list_files,
     read_artifact,
     read_rows,
+    sha256_of,
+    verify_files,
     write_artifact,
     write_rows,
 )
 from kubetuner.config.sections import CacheTextSection
 from kubetuner.progress import Progress
+from kubetuner.steps.download_dataset import SAMPLES_FILE
 from kubetuner.store import Store, resolve_store
 
 logger = logging.getLogger(__name__)
@@ -41,11 +45,12 @@ def cache_text_embeds(
     Raises:
         ArtifactError: ``dataset`` is incomplete or damaged.
     """
-    source = read_artifact(dataset, DatasetArtifact)
+    source = _check(dataset)
+    (out / ARTIFACT_FILE).unlink(missing_ok=True)
     store = resolve_store(out)
     captions = [
         CaptionRow(sample=sample.id, texts=sample.captions)
-        for index, sample in enumerate(read_rows(dataset, "samples.jsonl", Sample))
+        for index, sample in enumerate(read_rows(dataset, SAMPLES_FILE, Sample))
         if index % num_shards == shard
     ]
     keys = {text: _key(section, text) for text in ["", *(text for row in captions for text in row.texts)]}
@@ -59,19 +64,28 @@ def cache_text_embeds(
     out.mkdir(parents=True, exist_ok=True)
     write_rows(out, CAPTIONS_FILE, captions)
     write_rows(out, TEXTS_FILE, rows)
-    names = store.tensor_names(known[keys[""]])
+    paths = [out / CAPTIONS_FILE, out / TEXTS_FILE]
+    shapes = store.shapes(shards.values())
     artifact = TextEmbedsArtifact(
         fingerprint=fingerprint(section.deciding(), source.fingerprint, (shard, num_shards)),
         parents=(source.fingerprint,),
-        files=list_files(out),
+        files=tuple(FileEntry(path=path.name, bytes=path.stat().st_size, sha256=sha256_of(path)) for path in paths),
         num_texts=len(rows),
         encoded=len(missing),
         reused=len(rows) - len(missing),
-        tensors={name: TensorSpec(dtype=section.dtype, shape=(None,)) for name in sorted(names)},
+        tensors={name: TensorSpec(dtype=section.dtype, shape=shape) for name, shape in shapes.items()},
         shards=tuple(shards[file] for file in sorted(shards)),
     )
     write_artifact(out, artifact)
     return artifact
+
+
+def _check(dataset: Path) -> DatasetArtifact:
+    """The dataset's artifact, its rows checked; the pictures are not read here."""
+    source = read_artifact(dataset, DatasetArtifact)
+    rows = tuple(entry for entry in source.files if entry.path == SAMPLES_FILE)
+    verify_files(dataset, source.model_copy(update={"files": rows}))
+    return source
 
 
 def _key(section: CacheTextSection, text: str) -> str:

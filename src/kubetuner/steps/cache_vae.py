@@ -1,14 +1,19 @@
 """The ``cache_vae`` step: pictures of a dataset artifact in, VAE latents out."""
 
 import logging
-from collections import defaultdict
+import os
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kubetuner.artifacts import (
+    ARTIFACT_FILE,
     DatasetArtifact,
+    FileEntry,
     LatentRow,
     LatentsArtifact,
     Sample,
@@ -16,15 +21,19 @@ from kubetuner.artifacts import (
     Skipped,
     TensorSpec,
     fingerprint,
-    list_files,
     read_artifact,
     read_rows,
+    sha256_of,
+    verify_files,
     write_artifact,
     write_rows,
 )
 from kubetuner.config.sections import CacheVaeSection
 from kubetuner.data.geometry import Placement, TooSmall, place
+from kubetuner.data.pictures import open_picture, to_pixels
+from kubetuner.errors import ArtifactError
 from kubetuner.progress import Progress
+from kubetuner.steps.download_dataset import SAMPLES_FILE
 from kubetuner.store import Store, resolve_store
 
 if TYPE_CHECKING:
@@ -35,6 +44,8 @@ logger = logging.getLogger(__name__)
 ROWS_FILE = "latents.jsonl"
 # A shard is written, and so survives a kill, after this many encoded samples.
 SAMPLES_PER_SHARD = 256
+MAX_THREADS = 8
+NOT_FINITE = "the VAE gave latents that are not finite; remove the picture, or choose another VAE if there are many"
 
 
 @dataclass(frozen=True)
@@ -51,39 +62,53 @@ def cache_vae(
 ) -> LatentsArtifact:
     """Encode the samples ``shard``, ``shard + num_shards``, … of ``dataset`` that the store does not know yet.
 
-    A latent's key is made of the picture's bytes, its geometry, the encoder, the dtype and the seed, and its posterior
-    noise is drawn from that key: neither batches nor shards change it.
+    A latent's key is made of the picture's bytes, its geometry, the encoder, the dtype and the seed; its posterior
+    noise is drawn from that key, and it is encoded by itself. So neither other pictures nor the number of shards change
+    a bit of it.
 
     Raises:
         ArtifactError: ``dataset`` is incomplete or damaged.
     """
-    source = read_artifact(dataset, DatasetArtifact)
+    source = _check(dataset)
+    (out / ARTIFACT_FILE).unlink(missing_ok=True)
     store = resolve_store(out)
     namespace = f"latents-{fingerprint(section.model, section.dtype)[:16]}"
     placed, skipped = _place_all(section, dataset, shard, num_shards)
     known = store.known(namespace, {item.key for item in placed})
     missing = list({item.key: item for item in placed if item.key not in known}.values())
-    written, broken = _encode(section, dataset, store, namespace, missing)
+    written = _encode(section, dataset, store, namespace, missing)
     known |= written
-    skipped += broken
+    skipped += [Skipped(name=item.sample.id, reason=NOT_FINITE) for item in placed if item.key not in known]
+    for skip in skipped:
+        logger.warning("skipped %s: %s", skip.name, skip.reason)
     rows = [_row(item, known[item.key]) for item in placed if item.key in known]
     logger.info("latents: %d reused, %d encoded, %d skipped", len(rows) - len(written), len(written), len(skipped))
     shards = {known[row.key].file: known[row.key] for row in rows}
     out.mkdir(parents=True, exist_ok=True)
     write_rows(out, ROWS_FILE, rows)
+    path = out / ROWS_FILE
+    shapes = store.shapes(shards.values())
     artifact = LatentsArtifact(
         fingerprint=fingerprint(section.deciding(), source.fingerprint, (shard, num_shards)),
         parents=(source.fingerprint,),
-        files=list_files(out),
+        files=(FileEntry(path=ROWS_FILE, bytes=path.stat().st_size, sha256=sha256_of(path)),),
         num_samples=len(rows),
         encoded=len(written),
         reused=len(rows) - len(written),
-        tensors={"latents": TensorSpec(dtype=section.dtype, shape=(None, None, None))},
+        tensors={name: TensorSpec(dtype=section.dtype, shape=shape) for name, shape in shapes.items()},
         shards=tuple(shards[file] for file in sorted(shards)),
         skipped=tuple(skipped),
     )
     write_artifact(out, artifact)
     return artifact
+
+
+def _check(dataset: Path) -> DatasetArtifact:
+    """The dataset's artifact, its rows checked; each picture is checked when it is read."""
+    source = read_artifact(dataset, DatasetArtifact)
+    rows = tuple(entry for entry in source.files if entry.path == SAMPLES_FILE)
+    verify_files(dataset, source.model_copy(update={"files": rows}))
+    return source
 
 
 def _place_all(
@@ -93,7 +118,7 @@ def _place_all(
     geometries = {entry.id: entry.geometry for entry in section.datasets}
     placed: list[_Placed] = []
     skipped: list[Skipped] = []
-    for index, sample in enumerate(read_rows(dataset, "samples.jsonl", Sample)):
+    for index, sample in enumerate(read_rows(dataset, SAMPLES_FILE, Sample)):
         if index % num_shards != shard or sample.dataset not in geometries:
             continue
         geometry = geometries[sample.dataset]
@@ -111,10 +136,15 @@ def _place_all(
 
 def _encode(
     section: CacheVaeSection, dataset: Path, store: Store, namespace: str, missing: Sequence[_Placed]
-) -> tuple[dict[str, ShardEntry], list[Skipped]]:
-    """Encode ``missing`` batch by batch; returns key → the shard written, and samples with non-finite latents."""
+) -> dict[str, ShardEntry]:
+    """Encode ``missing``; returns key → the shard written, without samples whose latents are not finite.
+
+    Pictures are not batched: convolution kernels are chosen by the shape of the whole batch, so the last bits of a
+    picture's latents would depend on how many others it happens to be encoded with. A single picture of a size that
+    people train on keeps a device busy.
+    """
     if not missing:
-        return {}, []
+        return {}
     import torch
 
     from kubetuner.families import load_family
@@ -123,42 +153,44 @@ def _encode(
     family = load_family(section.model.family)
     vae = family.load_vae(section.model, device)
     dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32
-    skipped: list[Skipped] = []
     written: dict[str, ShardEntry] = {}
     ready: dict[str, dict[str, Tensor]] = {}
     with Progress("cache_vae", len(missing), "pictures") as progress, torch.inference_mode():
-        for batch in _batches(missing, section.vae_batch_size):
-            pixels = torch.stack([_pixels(dataset, item) for item in batch]).to(device)
-            shape = family.latent_shape(vae, pixels.shape[2], pixels.shape[3])
-            noise = torch.stack([_noise(item.key, shape) for item in batch]).to(device)
-            for item, latents in zip(batch, family.encode_pixels(vae, pixels, noise).cpu(), strict=True):
-                if torch.isfinite(latents).all():
-                    ready[item.key] = {"latents": latents.to(dtype)}
-                else:
-                    skipped.append(Skipped(name=item.sample.id, reason="the VAE gave latents that are not finite"))
-            if len(ready) >= SAMPLES_PER_SHARD:
+        for item, pixels in _read_ahead(dataset, missing, section.vae_batch_size):
+            noise = _noise(item.key, family.latent_shape(vae, pixels.shape[1], pixels.shape[2]))
+            latents = family.encode_pixels(vae, pixels[None].to(device), noise[None].to(device))[0].cpu()
+            if torch.isfinite(latents).all():
+                ready[item.key] = {"latents": latents.to(dtype)}
+            if len(ready) == SAMPLES_PER_SHARD:
                 written |= dict.fromkeys(ready, store.write_shard(namespace, ready))
                 ready = {}
-            progress.advance(len(batch))
+            progress.advance()
     if ready:
         written |= dict.fromkeys(ready, store.write_shard(namespace, ready))
-    return written, skipped
+    return written
 
 
-def _batches(items: Sequence[_Placed], size: int) -> Iterator[Sequence[_Placed]]:
-    """Groups of at most ``size`` samples that share a target size."""
-    groups: dict[tuple[int, int], list[_Placed]] = defaultdict(list)
-    for item in items:
-        groups[item.placement.target_size].append(item)
-    for target in sorted(groups):
-        for start in range(0, len(groups[target]), size):
-            yield groups[target][start : start + size]
+def _read_ahead(dataset: Path, items: Sequence[_Placed], ahead: int) -> "Iterator[tuple[_Placed, Tensor]]":
+    """Each item with its pixels, in order; meanwhile threads prepare up to ``ahead`` of those that follow."""
+    pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="cache_vae")
+    waiting: deque[Future[Tensor]] = deque()
+    upcoming = iter(items)
+    try:
+        for item in items:
+            for following in islice(upcoming, ahead + 1 - len(waiting)):
+                waiting.append(pool.submit(_pixels, dataset, following))
+            yield item, waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _pixels(dataset: Path, item: _Placed) -> "Tensor":
-    from kubetuner.data.pictures import open_picture, to_pixels
-
-    return to_pixels(open_picture(dataset / item.sample.file), item.placement)
+    path = dataset / item.sample.file
+    if not path.is_file() or sha256_of(path) != item.sample.sha256:
+        raise ArtifactError(
+            f"{path}, the picture of {item.sample.id}, is missing or damaged; run download_dataset again"
+        )
+    return to_pixels(open_picture(path), item.placement)
 
 
 def _noise(key: str, shape: tuple[int, int, int]) -> "Tensor":
