@@ -25,6 +25,7 @@ from kubetuner.artifacts import (
     verify_files,
 )
 from kubetuner.config.sections import DatasetSampling, TrainSection
+from kubetuner.data.latents import draw_latents, latent_names
 from kubetuner.data.shards import ShardReader
 from kubetuner.errors import ArtifactError, DatasetError
 from kubetuner.store import resolve_store
@@ -77,7 +78,10 @@ class Batches:
             self._epoch = (epoch, self._shuffled(epoch))
         rows = self._epoch[1][index]
         texts = tuple(self._caption(row, position, place) for place, row in enumerate(rows))
-        return Batch(rows, torch.stack([self._samples.latents(row) for row in rows]), texts)
+        posterior = torch.Generator().manual_seed(
+            random.Random(f"{self._section.seed}/latents/{position}").getrandbits(63)
+        )
+        return Batch(rows, torch.stack([self._samples.latents(row, posterior) for row in rows]), texts)
 
     def _caption(self, row: LatentRow, position: int, place: int) -> dict[str, Tensor] | None:
         chance = random.Random(f"{self._section.seed}/caption/{position}/{place}")
@@ -124,6 +128,7 @@ class EncodedSamples:
     def __init__(self, latents: Sequence[Path], text_embeds: Sequence[Path], text_tensors: Sequence[str]) -> None:
         self._names = tuple(text_tensors)
         self._readers: dict[str, ShardReader] = {}
+        self._latent_names: dict[str, tuple[str, ...]] = {}
         self._texts: dict[str, TextRow] = {}
         self._kept: dict[tuple[str, str], dict[str, Tensor]] = {}
         self._kept_bytes = 0
@@ -133,6 +138,7 @@ class EncodedSamples:
         for folder in latents:
             artifact = read_artifact(folder, LatentsArtifact)
             self._open(folder, artifact)
+            self._latent_names.update((shard.file, latent_names(artifact)) for shard in artifact.shards)
             parents.setdefault(artifact.parents[0], folder)
             self.rows += read_rows(folder, "latents.jsonl", LatentRow)
         for folder in text_embeds:
@@ -150,9 +156,9 @@ class EncodedSamples:
                 f"{len(without)} samples such as {without[0]} have no caption; run cache_text_embeds again"
             )
 
-    def latents(self, row: LatentRow) -> Tensor:
-        """The latents of a sample, float32 ``[C, h, w]``."""
-        return self._read(row.key, row.shard, ("latents",))["latents"]
+    def latents(self, row: LatentRow, posterior: torch.Generator) -> Tensor:
+        """The latents of a sample, float32 ``[C, h, w]``; drawn by ``posterior`` where the cache holds moments."""
+        return draw_latents(self._read(row.key, row.shard, self._latent_names[row.shard]), posterior)
 
     def text(self, text: str) -> dict[str, Tensor]:
         """The embedding of a caption by tensor name; floating tensors are float32."""

@@ -37,7 +37,9 @@ from kubetuner.steps.download_dataset import SAMPLES_FILE
 from kubetuner.store import Store, resolve_store
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from kubetuner.families.base import Family
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +64,9 @@ def cache_vae(
 ) -> LatentsArtifact:
     """Encode the samples ``shard``, ``shard + num_shards``, … of ``dataset`` that the store does not know yet.
 
-    A latent's key is made of the picture's bytes, its geometry, the encoder, the dtype and the seed; its posterior
-    noise is drawn from that key, and it is encoded by itself. So neither other pictures nor the number of shards change
-    a bit of it.
+    A latent's key is made of the picture's bytes, its geometry, the encoder, the dtype and the seed (not for moments,
+    which are not drawn); its posterior noise is drawn from that key, and it is encoded by itself. So neither other
+    pictures nor the number of shards change a bit of it.
 
     Raises:
         ArtifactError: ``dataset`` is incomplete or damaged.
@@ -72,7 +74,8 @@ def cache_vae(
     source = _check(dataset)
     (out / ARTIFACT_FILE).unlink(missing_ok=True)
     store = resolve_store(out)
-    namespace = f"latents-{fingerprint(section.model, section.dtype)[:16]}"
+    kind = "moments" if section.vae_cache_moments else "latents"
+    namespace = f"{kind}-{fingerprint(section.model.vae_identity(), section.dtype)[:16]}"
     placed, skipped = _place_all(section, dataset, shard, num_shards)
     known = store.known(namespace, {item.key for item in placed})
     missing = list({item.key: item for item in placed if item.key not in known}.values())
@@ -128,7 +131,7 @@ def _place_all(
             continue
         key = fingerprint(
             sample.sha256, placement.intermediary_size, placement.crop, placement.target_size,
-            section.model, section.dtype, section.seed,
+            section.model.vae_identity(), section.dtype, "moments" if section.vae_cache_moments else section.seed,
         )  # fmt: skip
         placed.append(_Placed(sample, placement, key))
     return placed, skipped
@@ -157,10 +160,9 @@ def _encode(
     ready: dict[str, dict[str, Tensor]] = {}
     with Progress("cache_vae", len(missing), "pictures") as progress, torch.inference_mode():
         for item, pixels in _read_ahead(dataset, missing, section.vae_batch_size):
-            noise = _noise(item.key, family.latent_shape(vae, pixels.shape[1], pixels.shape[2]))
-            latents = family.encode_pixels(vae, pixels[None].to(device), noise[None].to(device))[0].cpu()
-            if torch.isfinite(latents).all():
-                ready[item.key] = {"latents": latents.to(dtype)}
+            encoded = _encode_one(section, family, vae, item.key, pixels[None].to(device))
+            if all(torch.isfinite(tensor).all() for tensor in encoded.values()):
+                ready[item.key] = {name: tensor[0].cpu().to(dtype) for name, tensor in encoded.items()}
             if len(ready) == SAMPLES_PER_SHARD:
                 written |= dict.fromkeys(ready, store.write_shard(namespace, ready))
                 ready = {}
@@ -168,6 +170,21 @@ def _encode(
     if ready:
         written |= dict.fromkeys(ready, store.write_shard(namespace, ready))
     return written
+
+
+def _encode_one(
+    section: CacheVaeSection, family: "Family", vae: "nn.Module", key: str, pixels: "Tensor"
+) -> "dict[str, Tensor]":
+    """What the cache keeps of one picture ``[1, 3, H, W]``."""
+    import torch
+
+    from kubetuner.data.latents import MOMENTS, SAMPLE, key_generator
+
+    if section.vae_cache_moments:
+        return dict(zip(MOMENTS, family.encode_moments(vae, pixels), strict=True))
+    shape = family.latent_shape(vae, pixels.shape[2], pixels.shape[3])
+    noise = torch.randn(shape, generator=key_generator(key))[None].to(pixels.device)
+    return {SAMPLE[0]: family.encode_pixels(vae, pixels, noise)}
 
 
 def _read_ahead(dataset: Path, items: Sequence[_Placed], ahead: int) -> "Iterator[tuple[_Placed, Tensor]]":
@@ -191,14 +208,6 @@ def _pixels(dataset: Path, item: _Placed) -> "Tensor":
             f"{path}, the picture of {item.sample.id}, is missing or damaged; run download_dataset again"
         )
     return to_pixels(open_picture(path), item.placement)
-
-
-def _noise(key: str, shape: tuple[int, int, int]) -> "Tensor":
-    """Standard normal noise that depends on the sample's key alone."""
-    import torch
-
-    generator = torch.Generator().manual_seed(int(key[:15], 16))
-    return torch.randn(shape, generator=generator)
 
 
 def _row(item: _Placed, shard: ShardEntry) -> LatentRow:
