@@ -3,10 +3,9 @@
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,28 +75,29 @@ def cache_vae(
     store = resolve_store(out)
     kind = "moments" if section.vae_cache_moments else "latents"
     namespace = f"{kind}-{fingerprint(section.model.vae_identity(), section.dtype)[:16]}"
-    placed, skipped = _place_all(section, dataset, shard, num_shards)
-    known = store.known(namespace, {item.key for item in placed})
-    missing = list({item.key: item for item in placed if item.key not in known}.values())
-    written = _encode(section, dataset, store, namespace, missing)
+    # The samples are read three times, so that however many there are, only their keys are held in memory.
+    part = (section, dataset, shard, num_shards)
+    wanted = {item.key for item in _place_all(*part) if isinstance(item, _Placed)}
+    known = store.known(namespace, wanted)
+    wanted -= known.keys()
+    written = _encode(section, dataset, store, namespace, wanted, _place_all(*part))
     known |= written
-    skipped += [Skipped(name=item.sample.id, reason=NOT_FINITE) for item in placed if item.key not in known]
+    skipped: list[Skipped] = []
+    out.mkdir(parents=True, exist_ok=True)
+    count = write_rows(out, ROWS_FILE, _rows(_place_all(*part), known, skipped))
     for skip in skipped:
         logger.warning("skipped %s: %s", skip.name, skip.reason)
-    rows = [_row(item, known[item.key]) for item in placed if item.key in known]
-    logger.info("latents: %d reused, %d encoded, %d skipped", len(rows) - len(written), len(written), len(skipped))
-    shards = {known[row.key].file: known[row.key] for row in rows}
-    out.mkdir(parents=True, exist_ok=True)
-    write_rows(out, ROWS_FILE, rows)
+    logger.info("latents: %d reused, %d encoded, %d skipped", count - len(written), len(written), len(skipped))
+    shards = {entry.file: entry for entry in known.values()}
     path = out / ROWS_FILE
     shapes = store.shapes(shards.values())
     artifact = LatentsArtifact(
         fingerprint=fingerprint(section.deciding(), source.fingerprint, (shard, num_shards)),
         parents=(source.fingerprint,),
         files=(FileEntry(path=ROWS_FILE, bytes=path.stat().st_size, sha256=sha256_of(path)),),
-        num_samples=len(rows),
+        num_samples=count,
         encoded=len(written),
-        reused=len(rows) - len(written),
+        reused=count - len(written),
         tensors={name: TensorSpec(dtype=section.dtype, shape=shape) for name, shape in shapes.items()},
         shards=tuple(shards[file] for file in sorted(shards)),
         skipped=tuple(skipped),
@@ -114,33 +114,49 @@ def _check(dataset: Path) -> DatasetArtifact:
     return source
 
 
-def _place_all(
-    section: CacheVaeSection, dataset: Path, shard: int, num_shards: int
-) -> tuple[list[_Placed], list[Skipped]]:
+def _place_all(section: CacheVaeSection, dataset: Path, shard: int, num_shards: int) -> Iterator[_Placed | Skipped]:
     """The geometry and key of each of this shard's samples; samples that are too small are skipped."""
     geometries = {entry.id: entry.geometry for entry in section.datasets}
-    placed: list[_Placed] = []
-    skipped: list[Skipped] = []
+    identity = section.model.vae_identity()
     for index, sample in enumerate(read_rows(dataset, SAMPLES_FILE, Sample)):
         if index % num_shards != shard or sample.dataset not in geometries:
             continue
         geometry = geometries[sample.dataset]
         placement = place(geometry, sample.width, sample.height, f"{section.seed}:{sample.sha256}")
         if isinstance(placement, TooSmall):
-            skipped.append(Skipped(name=sample.id, reason=placement.reason))
+            yield Skipped(name=sample.id, reason=placement.reason)
             continue
         key = fingerprint(
             sample.sha256, placement.intermediary_size, placement.crop, placement.target_size,
-            section.model.vae_identity(), section.dtype, "moments" if section.vae_cache_moments else section.seed,
+            identity, section.dtype, "moments" if section.vae_cache_moments else section.seed,
         )  # fmt: skip
-        placed.append(_Placed(sample, placement, key))
-    return placed, skipped
+        yield _Placed(sample, placement, key)
+
+
+def _rows(
+    items: Iterable[_Placed | Skipped], known: Mapping[str, ShardEntry], skipped: list[Skipped]
+) -> Iterator[LatentRow]:
+    """The rows of the items that are encoded; the others are appended to ``skipped``."""
+    for item in items:
+        if isinstance(item, Skipped):
+            skipped.append(item)
+        elif item.key in known:
+            yield _row(item, known[item.key])
+        else:
+            skipped.append(Skipped(name=item.sample.id, reason=NOT_FINITE))
 
 
 def _encode(
-    section: CacheVaeSection, dataset: Path, store: Store, namespace: str, missing: Sequence[_Placed]
+    section: CacheVaeSection,
+    dataset: Path,
+    store: Store,
+    namespace: str,
+    missing: Collection[str],
+    items: Iterable[_Placed | Skipped],
 ) -> dict[str, ShardEntry]:
-    """Encode ``missing``; returns key → the shard written, without samples whose latents are not finite.
+    """Encode those of ``items`` whose keys are ``missing``; returns key → the shard written.
+
+    Samples whose latents are not finite are not among them.
 
     Pictures are not batched: convolution kernels are chosen by the shape of the whole batch, so the last bits of a
     picture's latents would depend on how many others it happens to be encoded with. A single picture of a size that
@@ -159,7 +175,7 @@ def _encode(
     written: dict[str, ShardEntry] = {}
     ready: dict[str, dict[str, Tensor]] = {}
     with Progress("cache_vae", len(missing), "pictures") as progress, torch.inference_mode():
-        for item, pixels in _read_ahead(dataset, missing, section.vae_batch_size):
+        for item, pixels in _read_ahead(dataset, _only(items, missing), section.vae_batch_size):
             encoded = _encode_one(section, family, vae, item.key, pixels[None].to(device))
             if all(torch.isfinite(tensor).all() for tensor in encoded.values()):
                 ready[item.key] = {name: tensor[0].cpu().to(dtype) for name, tensor in encoded.items()}
@@ -187,16 +203,27 @@ def _encode_one(
     return {SAMPLE[0]: family.encode_pixels(vae, pixels, noise)}
 
 
-def _read_ahead(dataset: Path, items: Sequence[_Placed], ahead: int) -> "Iterator[tuple[_Placed, Tensor]]":
+def _only(items: Iterable[_Placed | Skipped], keys: Collection[str]) -> Iterator[_Placed]:
+    """The first item with each of ``keys``."""
+    left = set(keys)
+    for item in items:
+        if isinstance(item, _Placed) and item.key in left:
+            left.remove(item.key)
+            yield item
+
+
+def _read_ahead(dataset: Path, items: Iterable[_Placed], ahead: int) -> "Iterator[tuple[_Placed, Tensor]]":
     """Each item with its pixels, in order; meanwhile threads prepare up to ``ahead`` of those that follow."""
     pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="cache_vae")
-    waiting: deque[Future[Tensor]] = deque()
-    upcoming = iter(items)
+    waiting: deque[tuple[_Placed, Future[Tensor]]] = deque()
     try:
-        for item in items:
-            for following in islice(upcoming, ahead + 1 - len(waiting)):
-                waiting.append(pool.submit(_pixels, dataset, following))
-            yield item, waiting.popleft().result()
+        for following in items:
+            waiting.append((following, pool.submit(_pixels, dataset, following)))
+            if len(waiting) > ahead:
+                item, pixels = waiting.popleft()
+                yield item, pixels.result()
+        for item, pixels in waiting:
+            yield item, pixels.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
