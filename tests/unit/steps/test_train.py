@@ -73,6 +73,7 @@ def test_the_same_run_gives_the_same_bytes_wherever_it_was_interrupted(tmp_path:
     whole = train(section, *caches, tmp_path / "whole")
     child = os.fork()
     if child == 0:  # Killed by the interval timer, wherever training is by then.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's handler would let the child go on testing.
         signal.setitimer(signal.ITIMER_REAL, 0.3)
         train(section, *caches, tmp_path / "parts")
         os._exit(0)
