@@ -104,6 +104,9 @@ def _refuse_foreign(values: Values, family: str, model_type: str, where: str, pr
             ("disable_segmented_timestep_sampling",),
             "has no effect with model_family sana, which draws noise levels singly",
         )
+        refuse(
+            ("vae_cache_moments",), "is not possible for sana, whose autoencoder gives one latent and no distribution"
+        )
         if values.text("vae_dtype") == "bf16":
             problems.append(Problem(f"{where}.vae_dtype", "is 'bf16'; sana's latents are always 'fp32'."))
     if family != "pixart_sigma":
@@ -146,7 +149,7 @@ def build_sections(base: Base, data: Data, where: str, cwd: Path, problems: list
             {
                 "model": base.model,
                 "datasets": tuple(entry.geometry for entry in data.pictures),
-                **values.pick("vae_batch_size", "seed"),
+                **values.pick("vae_batch_size", "vae_cache_moments", "seed"),
                 **({"dtype": values.text("vae_dtype")} if "vae_dtype" in values else {}),
             }
         ),

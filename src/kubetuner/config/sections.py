@@ -24,7 +24,8 @@ class ModelRef(Section):
         revision: Hub commit, or for a folder the hash of its contents; resolved by ``plan``.
         variant: File variant such as ``fp16``; empty for none.
         vae_path: ``pretrained_vae_model_name_or_path``; empty for the pipeline's own VAE.
-        vae_revision: Hash of the contents of ``vae_path`` when that is a folder; resolved by ``plan``.
+        vae_revision: Hash of the files that the VAE is loaded from when they are in a folder; resolved by ``plan``.
+        text_revision: As ``vae_revision``, of the tokenizers and text encoders.
     """
 
     family: FamilyName
@@ -33,6 +34,20 @@ class ModelRef(Section):
     variant: str = ""
     vae_path: str = ""
     vae_revision: str = ""
+    text_revision: str = ""
+
+    def vae_identity(self) -> tuple[str, ...]:
+        """What latents depend on: the VAE's contents wherever they lie, or a hub repository and its revision."""
+        own = self.vae_path in ("", self.path)
+        variant = self.variant if own else ""
+        if self.vae_revision:
+            return self.family, self.vae_revision, variant
+        return (self.family, self.path, self.revision, variant) if own else (self.family, self.vae_path)
+
+    def text_identity(self) -> tuple[str, ...]:
+        """As :meth:`vae_identity`, for text embeddings."""
+        place = (self.text_revision,) if self.text_revision else (self.path, self.revision)
+        return self.family, *place, self.variant
 
 
 class Geometry(Section):
@@ -84,6 +99,8 @@ class CacheVaeSection(Section):
         seed: Seeds random crops and the posterior's sample, together with the picture's content.
         dtype: Stored dtype of latents.
         vae_batch_size: Pictures encoded at once.
+        vae_cache_moments: Keep mean and standard deviation of each picture's latents, so that training draws another
+            sample at every use, instead of one sample; twice the bytes.
     """
 
     SPEED_ONLY: ClassVar[frozenset[str]] = frozenset({"vae_batch_size"})
@@ -93,6 +110,11 @@ class CacheVaeSection(Section):
     seed: int = 0
     dtype: Literal["bf16", "fp32"] = "fp32"
     vae_batch_size: int = 4
+    vae_cache_moments: bool = False
+
+    def deciding(self) -> dict[str, object]:
+        """Of the model, the VAE alone."""
+        return super().deciding() | {"model": self.model.vae_identity()}
 
 
 class CacheTextSection(Section):
@@ -119,7 +141,11 @@ class CacheTextSection(Section):
 
     def encoding(self) -> dict[str, object]:
         """The settings that decide a text's embedding: without ``captions``, which decide what the texts are."""
-        return self.model_dump(mode="json", exclude={*self.SPEED_ONLY, "captions"})
+        return {name: value for name, value in self.deciding().items() if name != "captions"}
+
+    def deciding(self) -> dict[str, object]:
+        """Of the model, tokenizers and text encoders alone."""
+        return super().deciding() | {"model": self.model.text_identity()}
 
 
 class LoraSettings(Section):

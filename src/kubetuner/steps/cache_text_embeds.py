@@ -1,7 +1,7 @@
 """The ``cache_text_embeds`` step: captions of a dataset artifact in, text embeddings out."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from kubetuner.artifacts import (
@@ -49,31 +49,33 @@ def cache_text_embeds(
     source = _check(dataset)
     (out / ARTIFACT_FILE).unlink(missing_ok=True)
     store = resolve_store(out)
-    captions = [
-        CaptionRow(sample=sample.id, texts=_texts(section, sample))
-        for index, sample in enumerate(read_rows(dataset, SAMPLES_FILE, Sample))
-        if index % num_shards == shard
-    ]
-    keys = {text: _key(section, text) for text in ["", *(text for row in captions for text in row.texts)]}
+    out.mkdir(parents=True, exist_ok=True)
+    keys = {"": _key(section, "")}
+
+    def captions() -> Iterator[CaptionRow]:
+        for index, sample in enumerate(read_rows(dataset, SAMPLES_FILE, Sample)):
+            if index % num_shards == shard:
+                texts = _texts(section, sample)
+                keys.update((text, _key(section, text)) for text in texts if text not in keys)
+                yield CaptionRow(sample=sample.id, texts=texts)
+
+    write_rows(out, CAPTIONS_FILE, captions())
     namespace = f"text-{fingerprint(section.encoding())[:16]}"
-    known = store.known(namespace)
+    known = store.known(namespace, frozenset(keys.values()))
     missing = [text for text, key in keys.items() if key not in known]
     known |= _encode(section, store, namespace, {text: keys[text] for text in missing})
     logger.info("text embeddings: %d reused, %d encoded", len(keys) - len(missing), len(missing))
-    rows = [TextRow(text=text, key=key, shard=known[key].file) for text, key in keys.items()]
-    shards = {entry.file: entry for entry in (known[row.key] for row in rows)}
-    out.mkdir(parents=True, exist_ok=True)
-    write_rows(out, CAPTIONS_FILE, captions)
-    write_rows(out, TEXTS_FILE, rows)
+    write_rows(out, TEXTS_FILE, (TextRow(text=text, key=key, shard=known[key].file) for text, key in keys.items()))
+    shards = {entry.file: entry for entry in known.values()}
     paths = [out / CAPTIONS_FILE, out / TEXTS_FILE]
     shapes = store.shapes(shards.values())
     artifact = TextEmbedsArtifact(
         fingerprint=fingerprint(section.deciding(), source.fingerprint, (shard, num_shards)),
         parents=(source.fingerprint,),
         files=tuple(FileEntry(path=path.name, bytes=path.stat().st_size, sha256=sha256_of(path)) for path in paths),
-        num_texts=len(rows),
+        num_texts=len(keys),
         encoded=len(missing),
-        reused=len(rows) - len(missing),
+        reused=len(keys) - len(missing),
         tensors={name: TensorSpec(dtype=section.dtype, shape=shape) for name, shape in shapes.items()},
         shards=tuple(shards[file] for file in sorted(shards)),
     )

@@ -3,10 +3,9 @@
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +36,9 @@ from kubetuner.steps.download_dataset import SAMPLES_FILE
 from kubetuner.store import Store, resolve_store
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from kubetuner.families.base import Family
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +63,9 @@ def cache_vae(
 ) -> LatentsArtifact:
     """Encode the samples ``shard``, ``shard + num_shards``, … of ``dataset`` that the store does not know yet.
 
-    A latent's key is made of the picture's bytes, its geometry, the encoder, the dtype and the seed; its posterior
-    noise is drawn from that key, and it is encoded by itself. So neither other pictures nor the number of shards change
-    a bit of it.
+    A latent's key is made of the picture's bytes, its geometry, the encoder, the dtype and the seed (not for moments,
+    which are not drawn); its posterior noise is drawn from that key, and it is encoded by itself. So neither other
+    pictures nor the number of shards change a bit of it.
 
     Raises:
         ArtifactError: ``dataset`` is incomplete or damaged.
@@ -72,29 +73,31 @@ def cache_vae(
     source = _check(dataset)
     (out / ARTIFACT_FILE).unlink(missing_ok=True)
     store = resolve_store(out)
-    namespace = f"latents-{fingerprint(section.model, section.dtype)[:16]}"
-    placed, skipped = _place_all(section, dataset, shard, num_shards)
-    known = store.known(namespace)
-    missing = list({item.key: item for item in placed if item.key not in known}.values())
-    written = _encode(section, dataset, store, namespace, missing)
+    kind = "moments" if section.vae_cache_moments else "latents"
+    namespace = f"{kind}-{fingerprint(section.model.vae_identity(), section.dtype)[:16]}"
+    # The samples are read three times, so that however many there are, only their keys are held in memory.
+    part = (section, dataset, shard, num_shards)
+    wanted = {item.key for item in _place_all(*part) if isinstance(item, _Placed)}
+    known = store.known(namespace, wanted)
+    wanted -= known.keys()
+    written = _encode(section, dataset, store, namespace, wanted, _place_all(*part))
     known |= written
-    skipped += [Skipped(name=item.sample.id, reason=NOT_FINITE) for item in placed if item.key not in known]
+    skipped: list[Skipped] = []
+    out.mkdir(parents=True, exist_ok=True)
+    count = write_rows(out, ROWS_FILE, _rows(_place_all(*part), known, skipped))
     for skip in skipped:
         logger.warning("skipped %s: %s", skip.name, skip.reason)
-    rows = [_row(item, known[item.key]) for item in placed if item.key in known]
-    logger.info("latents: %d reused, %d encoded, %d skipped", len(rows) - len(written), len(written), len(skipped))
-    shards = {known[row.key].file: known[row.key] for row in rows}
-    out.mkdir(parents=True, exist_ok=True)
-    write_rows(out, ROWS_FILE, rows)
+    logger.info("latents: %d reused, %d encoded, %d skipped", count - len(written), len(written), len(skipped))
+    shards = {entry.file: entry for entry in known.values()}
     path = out / ROWS_FILE
     shapes = store.shapes(shards.values())
     artifact = LatentsArtifact(
         fingerprint=fingerprint(section.deciding(), source.fingerprint, (shard, num_shards)),
         parents=(source.fingerprint,),
         files=(FileEntry(path=ROWS_FILE, bytes=path.stat().st_size, sha256=sha256_of(path)),),
-        num_samples=len(rows),
+        num_samples=count,
         encoded=len(written),
-        reused=len(rows) - len(written),
+        reused=count - len(written),
         tensors={name: TensorSpec(dtype=section.dtype, shape=shape) for name, shape in shapes.items()},
         shards=tuple(shards[file] for file in sorted(shards)),
         skipped=tuple(skipped),
@@ -111,13 +114,10 @@ def _check(dataset: Path) -> DatasetArtifact:
     return source
 
 
-def _place_all(
-    section: CacheVaeSection, dataset: Path, shard: int, num_shards: int
-) -> tuple[list[_Placed], list[Skipped]]:
+def _place_all(section: CacheVaeSection, dataset: Path, shard: int, num_shards: int) -> Iterator[_Placed | Skipped]:
     """The geometry and key of each of this shard's samples; samples that its limits leave out are skipped."""
     geometries = {entry.id: entry.geometry for entry in section.datasets}
-    placed: list[_Placed] = []
-    skipped: list[Skipped] = []
+    identity = section.model.vae_identity()
     for index, sample in enumerate(read_rows(dataset, SAMPLES_FILE, Sample)):
         if index % num_shards != shard or sample.dataset not in geometries:
             continue
@@ -125,20 +125,39 @@ def _place_all(
         name = sample.id.removeprefix(f"{sample.dataset}/")
         placement = place(geometry, sample.width, sample.height, f"{section.seed}:{sample.sha256}", name)
         if isinstance(placement, LeftOut):
-            skipped.append(Skipped(name=sample.id, reason=placement.reason))
+            yield Skipped(name=sample.id, reason=placement.reason)
             continue
         key = fingerprint(
             sample.sha256, placement.intermediary_size, placement.crop, placement.target_size,
-            section.model, section.dtype, section.seed,
+            identity, section.dtype, "moments" if section.vae_cache_moments else section.seed,
         )  # fmt: skip
-        placed.append(_Placed(sample, placement, key))
-    return placed, skipped
+        yield _Placed(sample, placement, key)
+
+
+def _rows(
+    items: Iterable[_Placed | Skipped], known: Mapping[str, ShardEntry], skipped: list[Skipped]
+) -> Iterator[LatentRow]:
+    """The rows of the items that are encoded; the others are appended to ``skipped``."""
+    for item in items:
+        if isinstance(item, Skipped):
+            skipped.append(item)
+        elif item.key in known:
+            yield _row(item, known[item.key])
+        else:
+            skipped.append(Skipped(name=item.sample.id, reason=NOT_FINITE))
 
 
 def _encode(
-    section: CacheVaeSection, dataset: Path, store: Store, namespace: str, missing: Sequence[_Placed]
+    section: CacheVaeSection,
+    dataset: Path,
+    store: Store,
+    namespace: str,
+    missing: Collection[str],
+    items: Iterable[_Placed | Skipped],
 ) -> dict[str, ShardEntry]:
-    """Encode ``missing``; returns key → the shard written, without samples whose latents are not finite.
+    """Encode those of ``items`` whose keys are ``missing``; returns key → the shard written.
+
+    Samples whose latents are not finite are not among them.
 
     Pictures are not batched: convolution kernels are chosen by the shape of the whole batch, so the last bits of a
     picture's latents would depend on how many others it happens to be encoded with. A single picture of a size that
@@ -157,11 +176,10 @@ def _encode(
     written: dict[str, ShardEntry] = {}
     ready: dict[str, dict[str, Tensor]] = {}
     with Progress("cache_vae", len(missing), "pictures") as progress, torch.inference_mode():
-        for item, pixels in _read_ahead(dataset, missing, section.vae_batch_size):
-            noise = _noise(item.key, family.latent_shape(vae, pixels.shape[1], pixels.shape[2]))
-            latents = family.encode_pixels(vae, pixels[None].to(device), noise[None].to(device))[0].cpu()
-            if torch.isfinite(latents).all():
-                ready[item.key] = {"latents": latents.to(dtype)}
+        for item, pixels in _read_ahead(dataset, _only(items, missing), section.vae_batch_size):
+            encoded = _encode_one(section, family, vae, item.key, pixels[None].to(device))
+            if all(torch.isfinite(tensor).all() for tensor in encoded.values()):
+                ready[item.key] = {name: tensor[0].cpu().to(dtype) for name, tensor in encoded.items()}
             if len(ready) == SAMPLES_PER_SHARD:
                 written |= dict.fromkeys(ready, store.write_shard(namespace, ready))
                 ready = {}
@@ -171,16 +189,42 @@ def _encode(
     return written
 
 
-def _read_ahead(dataset: Path, items: Sequence[_Placed], ahead: int) -> "Iterator[tuple[_Placed, Tensor]]":
+def _encode_one(
+    section: CacheVaeSection, family: "Family", vae: "nn.Module", key: str, pixels: "Tensor"
+) -> "dict[str, Tensor]":
+    """What the cache keeps of one picture ``[1, 3, H, W]``."""
+    import torch
+
+    from kubetuner.data.latents import MOMENTS, SAMPLE, key_generator
+
+    if section.vae_cache_moments:
+        return dict(zip(MOMENTS, family.encode_moments(vae, pixels), strict=True))
+    shape = family.latent_shape(vae, pixels.shape[2], pixels.shape[3])
+    noise = torch.randn(shape, generator=key_generator(key))[None].to(pixels.device)
+    return {SAMPLE[0]: family.encode_pixels(vae, pixels, noise)}
+
+
+def _only(items: Iterable[_Placed | Skipped], keys: Collection[str]) -> Iterator[_Placed]:
+    """The first item with each of ``keys``."""
+    left = set(keys)
+    for item in items:
+        if isinstance(item, _Placed) and item.key in left:
+            left.remove(item.key)
+            yield item
+
+
+def _read_ahead(dataset: Path, items: Iterable[_Placed], ahead: int) -> "Iterator[tuple[_Placed, Tensor]]":
     """Each item with its pixels, in order; meanwhile threads prepare up to ``ahead`` of those that follow."""
     pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="cache_vae")
-    waiting: deque[Future[Tensor]] = deque()
-    upcoming = iter(items)
+    waiting: deque[tuple[_Placed, Future[Tensor]]] = deque()
     try:
-        for item in items:
-            for following in islice(upcoming, ahead + 1 - len(waiting)):
-                waiting.append(pool.submit(_pixels, dataset, following))
-            yield item, waiting.popleft().result()
+        for following in items:
+            waiting.append((following, pool.submit(_pixels, dataset, following)))
+            if len(waiting) > ahead:
+                item, pixels = waiting.popleft()
+                yield item, pixels.result()
+        for item, pixels in waiting:
+            yield item, pixels.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -192,14 +236,6 @@ def _pixels(dataset: Path, item: _Placed) -> "Tensor":
             f"{path}, the picture of {item.sample.id}, is missing or damaged; run download_dataset again"
         )
     return to_pixels(open_picture(path), item.placement)
-
-
-def _noise(key: str, shape: tuple[int, int, int]) -> "Tensor":
-    """Standard normal noise that depends on the sample's key alone."""
-    import torch
-
-    generator = torch.Generator().manual_seed(int(key[:15], 16))
-    return torch.randn(shape, generator=generator)
 
 
 def _row(item: _Placed, shard: ShardEntry) -> LatentRow:

@@ -52,7 +52,7 @@ def estimate(sections: Sections, measured: Sequence[Measured]) -> Costs:
     else:
         memory = parameters * _BYTES[sections.train.mixed_precision]
     return Costs(
-        latents_bytes=floats * _BYTES[sections.cache_vae.dtype],
+        latents_bytes=floats * _BYTES[sections.cache_vae.dtype] * (2 if sections.cache_vae.vae_cache_moments else 1),
         text_embeds_bytes=texts * _text_floats(model) * _BYTES[sections.cache_text_embeds.dtype],
         parameters=parameters,
         training_memory_bytes=memory,
