@@ -58,8 +58,8 @@ def main() -> None:
         rows.append([f"{count:,}", before, opened, read])
     head = ["samples", "imports", "opened", "one epoch read"]
     note = (
-        "\n\nResident MB without mapped files, which the page cache may take back; one run each. At most 256 are samples "
-        "kept ready."
+        "\n\nResident MB without mapped files, which the page cache may take back; one run each. At most 256 are "
+        "samples kept ready."
     )
     report("Cache: memory of batches", table(head, rows) + note)
 
