@@ -69,7 +69,8 @@ def main() -> None:
     note = (
         f"\n\nUnit models, {arguments.pictures} pictures of {arguments.edge} px, {arguments.captions} captions. "
         "Loading the models is not counted on either side; ours reads, decodes and checks PNGs, and writes checksummed "
-        "shards and rows. A picture is encoded alone on both sides, texts in batches of 16."
+        "shards and rows. A picture is encoded alone on both sides, texts in batches of 16. CPU time, "
+        "medians of alternating rounds."
     )
     report("Cache: encoding", table(head, rows) + note)
     memory = []
@@ -82,7 +83,8 @@ def main() -> None:
         memory.append([f"{count:,}", *peaks])
     head = ["samples", "imports alone", "download_dataset", "cache_vae", "cache_text_embeds", "cache_vae, all reused"]
     report(
-        "Cache: peak memory of the data steps", table(head, memory) + "\n\nPeak resident MB of a fresh process; SDXL."
+        "Cache: peak memory of the data steps",
+        table(head, memory) + "\n\nPeak resident MB of a fresh process, one run each; SDXL.",
     )
 
 

@@ -43,7 +43,7 @@ def peak_memory() -> str:
 def report(section: str, text: str) -> None:
     """Print ``text`` and put it under the heading ``section`` of ``README.md``, with date and machine."""
     machine = f"{os.cpu_count()} shared cores ({platform.machine()}), other jobs running"
-    dated = f"{datetime.date.today().isoformat()}, {machine}. CPU time, medians of alternating rounds.\n\n{text}\n"
+    dated = f"{datetime.date.today().isoformat()}, {machine}.\n\n{text}\n"
     print(dated)
     old = README.read_text(encoding="utf-8")
     pattern = re.compile(rf"(## {re.escape(section)}\n\n).*?(?=\n## |\Z)", re.DOTALL)
