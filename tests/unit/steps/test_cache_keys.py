@@ -244,7 +244,7 @@ def test_training_on_moments_resumes_exactly(place: Workplace) -> None:
         batches = Batches(section, *caches, ("embeds", "pooled"))
         process = load_family("sdxl").noise_process(section.model, section.flow, segmented=True)
         objective = Objective(load_family("sdxl"), process, batches.null, section.seed, mixed_precision=False)
-        return Job(section, denoiser, objective, batches, batches.batches_per_epoch, 4, CPU)
+        return Job(section, denoiser, objective, batches, batches.epochs, 4, CPU)
 
     whole = train_denoiser(job(), Checkpoints(place.root / "whole", "key", 5), lambda _values, _step: None)
     interrupted = replace(job(), batches=Interrupted(section, *caches, ("embeds", "pooled")))

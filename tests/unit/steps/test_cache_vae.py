@@ -142,7 +142,8 @@ def test_a_change_costs_what_it_touches(tmp_path: Path, bases: dict[str, ModelRe
         "dtype": (base.model_copy(update={"dtype": "bf16"}), 5),
         "seed": (base.model_copy(update={"seed": 1}), 5),
         "revision": (base.model_copy(update={"model": ref.model_copy(update={"revision": "s"})}), 5),
-        "vae": (base.model_copy(update={"model": ref.model_copy(update={"vae_path": ref.path})}), 5),
+        "other vae": (base.model_copy(update={"model": ref.model_copy(update={"vae_revision": "v"})}), 5),
+        "own vae by name": (base.model_copy(update={"model": ref.model_copy(update={"vae_path": ref.path})}), 0),
     }
     for name, (section, count) in encoded.items():
         artifact = cache_vae(section, dataset, tmp_path / name)
