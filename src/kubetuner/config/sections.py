@@ -98,7 +98,7 @@ class CacheVaeSection(Section):
     Attributes:
         seed: Seeds random crops and the posterior's sample, together with the picture's content.
         dtype: Stored dtype of latents.
-        vae_batch_size: Pictures encoded at once.
+        vae_batch_size: Pictures encoded at once; changes latents by rounding alone, no reason to encode anew.
         vae_cache_moments: Keep mean and standard deviation of each picture's latents, so that training draws another
             sample at every use, instead of one sample; twice the bytes.
     """

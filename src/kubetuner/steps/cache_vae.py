@@ -3,9 +3,10 @@
 import logging
 import os
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ from kubetuner.artifacts import (
     write_rows,
 )
 from kubetuner.config.sections import CacheVaeSection
-from kubetuner.data.geometry import LeftOut, Placement, place
+from kubetuner.data.geometry import LeftOut, Placement, Size, place
 from kubetuner.data.pictures import open_picture, to_pixels
 from kubetuner.errors import ArtifactError
 from kubetuner.progress import Progress
@@ -49,6 +50,9 @@ MAX_THREADS = 8
 NOT_FINITE = "the VAE gave latents that are not finite; remove the picture, or choose another VAE if there are many"
 
 
+_Part = tuple[CacheVaeSection, Path, int, int]
+
+
 @dataclass(frozen=True)
 class _Placed:
     """A sample with its geometry and content key."""
@@ -64,8 +68,8 @@ def cache_vae(
     """Encode the samples ``shard``, ``shard + num_shards``, … of ``dataset`` that the store does not know yet.
 
     A latent's key is made of the picture's bytes, its geometry, the encoder, the dtype and the seed (not for moments,
-    which are not drawn); its posterior noise is drawn from that key, and it is encoded by itself. So neither other
-    pictures nor the number of shards change a bit of it.
+    which are not drawn); its posterior noise is drawn from that key, and batches are always full (:func:`_encode`). So
+    neither other pictures nor the number of shards change a bit of it.
 
     Raises:
         ArtifactError: ``dataset`` is incomplete or damaged.
@@ -75,12 +79,12 @@ def cache_vae(
     store = resolve_store(out)
     kind = "moments" if section.vae_cache_moments else "latents"
     namespace = f"{kind}-{fingerprint(section.model.vae_identity(), section.dtype)[:16]}"
-    # The samples are read three times, so that however many there are, only their keys are held in memory.
+    # The samples are read several times, so that however many there are, only their keys are held in memory.
     part = (section, dataset, shard, num_shards)
-    wanted = {item.key for item in _place_all(*part) if isinstance(item, _Placed)}
-    known = store.known(namespace, wanted)
-    wanted -= known.keys()
-    written = _encode(section, dataset, store, namespace, wanted, _place_all(*part))
+    sizes = {item.key: item.placement.target_size for item in _place_all(*part) if isinstance(item, _Placed)}
+    known = store.known(namespace, sizes.keys())
+    missing = {key: size for key, size in sizes.items() if key not in known}
+    written = _encode(section, store, namespace, len(missing), _read_ahead(dataset, _by_size(part, missing)))
     known |= written
     skipped: list[Skipped] = []
     out.mkdir(parents=True, exist_ok=True)
@@ -147,23 +151,29 @@ def _rows(
             skipped.append(Skipped(name=item.sample.id, reason=NOT_FINITE))
 
 
+def _by_size(part: _Part, missing: Mapping[str, Size]) -> Iterator[_Placed]:
+    """The first item with each key of ``missing``, those of one target size together."""
+    for size in sorted(set(missing.values())):
+        left = {key for key, its in missing.items() if its == size}
+        for item in _place_all(*part):
+            if isinstance(item, _Placed) and item.key in left:
+                left.remove(item.key)
+                yield item
+
+
 def _encode(
     section: CacheVaeSection,
-    dataset: Path,
     store: Store,
     namespace: str,
-    missing: Collection[str],
-    items: Iterable[_Placed | Skipped],
+    total: int,
+    pictures: "Iterator[tuple[_Placed, Tensor]]",
 ) -> dict[str, ShardEntry]:
-    """Encode those of ``items`` whose keys are ``missing``; returns key → the shard written.
+    """Encode ``pictures``; returns key → the shard written, without samples whose latents are not finite.
 
-    Samples whose latents are not finite are not among them.
-
-    Pictures are not batched: convolution kernels are chosen by the shape of the whole batch, so the last bits of a
-    picture's latents would depend on how many others it happens to be encoded with. A single picture of a size that
-    people train on keeps a device busy.
+    Kernels are chosen by the shape of a whole batch, so the last bits of a picture's latents depend on how many are
+    encoded together, though not on which. Therefore every batch is filled up to ``vae_batch_size``.
     """
-    if not missing:
+    if not total:
         return {}
     import torch
 
@@ -175,52 +185,58 @@ def _encode(
     dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32
     written: dict[str, ShardEntry] = {}
     ready: dict[str, dict[str, Tensor]] = {}
-    with Progress("cache_vae", len(missing), "pictures") as progress, torch.inference_mode():
-        for item, pixels in _read_ahead(dataset, _only(items, missing), section.vae_batch_size):
-            encoded = _encode_one(section, family, vae, item.key, pixels[None].to(device))
-            if all(torch.isfinite(tensor).all() for tensor in encoded.values()):
-                ready[item.key] = {name: tensor[0].cpu().to(dtype) for name, tensor in encoded.items()}
-            if len(ready) == SAMPLES_PER_SHARD:
+    with Progress("cache_vae", total, "pictures") as progress, torch.inference_mode():
+        for batch in _batches(pictures, section.vae_batch_size):
+            encoded = _encode_batch(section, family, vae, batch)
+            for place, (item, _) in enumerate(batch):
+                kept = {name: tensor[place].to(dtype) for name, tensor in encoded.items()}
+                if all(torch.isfinite(tensor).all() for tensor in kept.values()):
+                    ready[item.key] = kept
+            if len(ready) >= SAMPLES_PER_SHARD:
                 written |= dict.fromkeys(ready, store.write_shard(namespace, ready))
                 ready = {}
-            progress.advance()
+            progress.advance(len(batch))
     if ready:
         written |= dict.fromkeys(ready, store.write_shard(namespace, ready))
     return written
 
 
-def _encode_one(
-    section: CacheVaeSection, family: "Family", vae: "nn.Module", key: str, pixels: "Tensor"
+def _batches(pictures: "Iterator[tuple[_Placed, Tensor]]", size: int) -> "Iterator[list[tuple[_Placed, Tensor]]]":
+    """Neighbours of one target size, at most ``size`` together."""
+    for _, same in groupby(pictures, key=lambda picture: picture[0].placement.target_size):
+        while batch := list(islice(same, size)):
+            yield batch
+
+
+def _encode_batch(
+    section: CacheVaeSection, family: "Family", vae: "nn.Module", batch: "Sequence[tuple[_Placed, Tensor]]"
 ) -> "dict[str, Tensor]":
-    """What the cache keeps of one picture ``[1, 3, H, W]``."""
+    """What the cache keeps, on the CPU; the batch is filled up with its last picture."""
     import torch
 
     from kubetuner.data.latents import MOMENTS, SAMPLE, key_generator
 
+    device = next(vae.parameters()).device
+    full = [*batch, *[batch[-1]] * (section.vae_batch_size - len(batch))]
+    pixels = torch.stack([one for _, one in full]).to(device)
     if section.vae_cache_moments:
-        return dict(zip(MOMENTS, family.encode_moments(vae, pixels), strict=True))
-    shape = family.latent_shape(vae, pixels.shape[2], pixels.shape[3])
-    noise = torch.randn(shape, generator=key_generator(key))[None].to(pixels.device)
-    return {SAMPLE[0]: family.encode_pixels(vae, pixels, noise)}
+        encoded = dict(zip(MOMENTS, family.encode_moments(vae, pixels), strict=True))
+    else:
+        shape = family.latent_shape(vae, pixels.shape[2], pixels.shape[3])
+        noise = torch.stack([torch.randn(shape, generator=key_generator(item.key)) for item, _ in full])
+        encoded = {SAMPLE[0]: family.encode_pixels(vae, pixels, noise.to(device))}
+    return {name: tensor.cpu() for name, tensor in encoded.items()}
 
 
-def _only(items: Iterable[_Placed | Skipped], keys: Collection[str]) -> Iterator[_Placed]:
-    """The first item with each of ``keys``."""
-    left = set(keys)
-    for item in items:
-        if isinstance(item, _Placed) and item.key in left:
-            left.remove(item.key)
-            yield item
-
-
-def _read_ahead(dataset: Path, items: Iterable[_Placed], ahead: int) -> "Iterator[tuple[_Placed, Tensor]]":
-    """Each item with its pixels, in order; meanwhile threads prepare up to ``ahead`` of those that follow."""
-    pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="cache_vae")
+def _read_ahead(dataset: Path, items: Iterable[_Placed]) -> "Iterator[tuple[_Placed, Tensor]]":
+    """Each item with its pixels, in order; meanwhile threads prepare those that follow."""
+    threads = min(MAX_THREADS, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="cache_vae")
     waiting: deque[tuple[_Placed, Future[Tensor]]] = deque()
     try:
         for following in items:
             waiting.append((following, pool.submit(_pixels, dataset, following)))
-            if len(waiting) > ahead:
+            if len(waiting) > 2 * threads:
                 item, pixels = waiting.popleft()
                 yield item, pixels.result()
         for item, pixels in waiting:
