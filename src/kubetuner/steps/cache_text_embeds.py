@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 TEXTS_FILE = "texts.jsonl"
 CAPTIONS_FILE = "captions.jsonl"
+# Texts handed to the family at once, in batches: enough that most of its batches of one length are full.
+BATCHES_AT_ONCE = 8
 # A shard is written, and so survives a kill, after this many encoded texts.
 TEXTS_PER_SHARD = 512
 
@@ -116,12 +118,13 @@ def _encode(
     encoders = family.load_text_encoders(section.model, device)
     dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32
     texts = sorted(missing, key=lambda text: (len(text), text))
+    at_once = BATCHES_AT_ONCE * section.text_encoder_batch_size
     written: dict[str, ShardEntry] = {}
     with Progress("cache_text_embeds", len(texts), "texts") as progress, torch.inference_mode():
         for start in range(0, len(texts), TEXTS_PER_SHARD):
             ready = {}
-            for first in range(start, min(start + TEXTS_PER_SHARD, len(texts)), section.text_encoder_batch_size):
-                last = min(first + section.text_encoder_batch_size, start + TEXTS_PER_SHARD)
+            for first in range(start, min(start + TEXTS_PER_SHARD, len(texts)), at_once):
+                last = min(first + at_once, start + TEXTS_PER_SHARD)
                 batch = texts[first:last]
                 for text, tensors in zip(batch, family.encode_texts(encoders, batch, section), strict=True):
                     ready[missing[text]] = {name: tensor.to(dtype).clone() for name, tensor in tensors.items()}
