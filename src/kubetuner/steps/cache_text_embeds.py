@@ -7,7 +7,6 @@ from pathlib import Path
 from kubetuner.artifacts import (
     ARTIFACT_FILE,
     CaptionRow,
-    DatasetArtifact,
     FileEntry,
     Sample,
     ShardEntry,
@@ -15,17 +14,15 @@ from kubetuner.artifacts import (
     TextEmbedsArtifact,
     TextRow,
     fingerprint,
-    read_artifact,
     read_rows,
     sha256_of,
-    verify_files,
     write_artifact,
     write_rows,
 )
 from kubetuner.config.sections import CacheTextSection
 from kubetuner.data.caption_edits import edit_captions
 from kubetuner.progress import Progress
-from kubetuner.steps.download_dataset import SAMPLES_FILE
+from kubetuner.steps.download_dataset import SAMPLES_FILE, read_dataset
 from kubetuner.store import Store, resolve_store
 
 logger = logging.getLogger(__name__)
@@ -48,8 +45,19 @@ def cache_text_embeds(
     Raises:
         ArtifactError: ``dataset`` is incomplete or damaged.
     """
-    source = _check(dataset)
+    from kubetuner.tracking import track
+
     (out / ARTIFACT_FILE).unlink(missing_ok=True)
+    with track("cache_text_embeds", {"model_family": section.model.family, "shard": f"{shard} of {num_shards}"}) as run:
+        artifact = _cache(section, dataset, out, (shard, num_shards))
+        run.log_metrics({"encoded": artifact.encoded, "reused": artifact.reused}, 0)
+    write_artifact(out, artifact)
+    return artifact
+
+
+def _cache(section: CacheTextSection, dataset: Path, out: Path, part: tuple[int, int]) -> TextEmbedsArtifact:
+    source = read_dataset(dataset)
+    shard, num_shards = part
     store = resolve_store(out)
     out.mkdir(parents=True, exist_ok=True)
     keys = {"": _key(section, "")}
@@ -71,8 +79,8 @@ def cache_text_embeds(
     shards = {entry.file: entry for entry in known.values()}
     paths = [out / CAPTIONS_FILE, out / TEXTS_FILE]
     shapes = store.shapes(shards.values())
-    artifact = TextEmbedsArtifact(
-        fingerprint=fingerprint(section.deciding(), source.fingerprint, (shard, num_shards)),
+    return TextEmbedsArtifact(
+        fingerprint=fingerprint(section.deciding(), source.fingerprint, part),
         parents=(source.fingerprint,),
         files=tuple(FileEntry(path=path.name, bytes=path.stat().st_size, sha256=sha256_of(path)) for path in paths),
         num_texts=len(keys),
@@ -81,16 +89,6 @@ def cache_text_embeds(
         tensors={name: TensorSpec(dtype=section.dtype, shape=shape) for name, shape in shapes.items()},
         shards=tuple(shards[file] for file in sorted(shards)),
     )
-    write_artifact(out, artifact)
-    return artifact
-
-
-def _check(dataset: Path) -> DatasetArtifact:
-    """The dataset's artifact, its rows checked; the pictures are not read here."""
-    source = read_artifact(dataset, DatasetArtifact)
-    rows = tuple(entry for entry in source.files if entry.path == SAMPLES_FILE)
-    verify_files(dataset, source.model_copy(update={"files": rows}))
-    return source
 
 
 def _texts(section: CacheTextSection, sample: Sample) -> tuple[str, ...]:

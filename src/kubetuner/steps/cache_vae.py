@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from kubetuner.artifacts import (
     ARTIFACT_FILE,
-    DatasetArtifact,
     FileEntry,
     LatentRow,
     LatentsArtifact,
@@ -21,10 +20,8 @@ from kubetuner.artifacts import (
     Skipped,
     TensorSpec,
     fingerprint,
-    read_artifact,
     read_rows,
     sha256_of,
-    verify_files,
     write_artifact,
     write_rows,
 )
@@ -33,7 +30,7 @@ from kubetuner.data.geometry import LeftOut, Placement, Size, place
 from kubetuner.data.pictures import open_picture, to_pixels
 from kubetuner.errors import ArtifactError
 from kubetuner.progress import Progress
-from kubetuner.steps.download_dataset import SAMPLES_FILE
+from kubetuner.steps.download_dataset import SAMPLES_FILE, read_dataset
 from kubetuner.store import Store, resolve_store
 
 if TYPE_CHECKING:
@@ -74,29 +71,39 @@ def cache_vae(
     Raises:
         ArtifactError: ``dataset`` is incomplete or damaged.
     """
-    source = _check(dataset)
+    from kubetuner.tracking import track
+
     (out / ARTIFACT_FILE).unlink(missing_ok=True)
+    with track("cache_vae", {"model_family": section.model.family, "shard": f"{shard} of {num_shards}"}) as run:
+        artifact = _cache(section, dataset, out, (shard, num_shards))
+        run.log_metrics({"encoded": artifact.encoded, "reused": artifact.reused}, 0)
+    write_artifact(out, artifact)
+    return artifact
+
+
+def _cache(section: CacheVaeSection, dataset: Path, out: Path, part: tuple[int, int]) -> LatentsArtifact:
+    source = read_dataset(dataset)
     store = resolve_store(out)
     kind = "moments" if section.vae_cache_moments else "latents"
     namespace = f"{kind}-{fingerprint(section.model.vae_identity(), section.dtype)[:16]}"
     # The samples are read several times, so that however many there are, only their keys are held in memory.
-    part = (section, dataset, shard, num_shards)
-    sizes = {item.key: item.placement.target_size for item in _place_all(*part) if isinstance(item, _Placed)}
+    samples = (section, dataset, *part)
+    sizes = {item.key: item.placement.target_size for item in _place_all(*samples) if isinstance(item, _Placed)}
     known = store.known(namespace, sizes.keys())
     missing = {key: size for key, size in sizes.items() if key not in known}
-    written = _encode(section, store, namespace, len(missing), _read_ahead(dataset, _by_size(part, missing)))
+    written = _encode(section, store, namespace, len(missing), _read_ahead(dataset, _by_size(samples, missing)))
     known |= written
     skipped: list[Skipped] = []
     out.mkdir(parents=True, exist_ok=True)
-    count = write_rows(out, ROWS_FILE, _rows(_place_all(*part), known, skipped))
+    count = write_rows(out, ROWS_FILE, _rows(_place_all(*samples), known, skipped))
     for skip in skipped:
         logger.warning("skipped %s: %s", skip.name, skip.reason)
     logger.info("latents: %d reused, %d encoded, %d skipped", count - len(written), len(written), len(skipped))
     shards = {entry.file: entry for entry in known.values()}
     path = out / ROWS_FILE
     shapes = store.shapes(shards.values())
-    artifact = LatentsArtifact(
-        fingerprint=fingerprint(section.deciding(), source.fingerprint, (shard, num_shards)),
+    return LatentsArtifact(
+        fingerprint=fingerprint(section.deciding(), source.fingerprint, part),
         parents=(source.fingerprint,),
         files=(FileEntry(path=ROWS_FILE, bytes=path.stat().st_size, sha256=sha256_of(path)),),
         num_samples=count,
@@ -106,16 +113,6 @@ def cache_vae(
         shards=tuple(shards[file] for file in sorted(shards)),
         skipped=tuple(skipped),
     )
-    write_artifact(out, artifact)
-    return artifact
-
-
-def _check(dataset: Path) -> DatasetArtifact:
-    """The dataset's artifact, its rows checked; each picture is checked when it is read."""
-    source = read_artifact(dataset, DatasetArtifact)
-    rows = tuple(entry for entry in source.files if entry.path == SAMPLES_FILE)
-    verify_files(dataset, source.model_copy(update={"files": rows}))
-    return source
 
 
 def _place_all(section: CacheVaeSection, dataset: Path, shard: int, num_shards: int) -> Iterator[_Placed | Skipped]:
@@ -151,11 +148,11 @@ def _rows(
             skipped.append(Skipped(name=item.sample.id, reason=NOT_FINITE))
 
 
-def _by_size(part: _Part, missing: Mapping[str, Size]) -> Iterator[_Placed]:
+def _by_size(samples: _Part, missing: Mapping[str, Size]) -> Iterator[_Placed]:
     """The first item with each key of ``missing``, those of one target size together."""
     for size in sorted(set(missing.values())):
         left = {key for key, its in missing.items() if its == size}
-        for item in _place_all(*part):
+        for item in _place_all(*samples):
             if isinstance(item, _Placed) and item.key in left:
                 left.remove(item.key)
                 yield item

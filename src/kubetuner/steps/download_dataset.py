@@ -19,7 +19,9 @@ from kubetuner.artifacts import (
     Sample,
     Skipped,
     fingerprint,
+    read_artifact,
     sha256_of,
+    verify_files,
     write_artifact,
     write_atomically,
     write_rows,
@@ -73,8 +75,31 @@ def download_dataset(section: DownloadSection, out: Path) -> DatasetArtifact:
         DatasetError: A source cannot be read or is empty, or more than ``max_skipped_share`` of a dataset's pictures
             cannot be used.
     """
+    from kubetuner.tracking import track
+
     out.mkdir(parents=True, exist_ok=True)
     (out / ARTIFACT_FILE).unlink(missing_ok=True)
+    with track("download_dataset", {"datasets": ", ".join(source.id for source in section.datasets)}) as run:
+        artifact = _download(section, out)
+        run.log_metrics({"samples": artifact.num_samples, "skipped": len(artifact.skipped)}, 0)
+    write_artifact(out, artifact)
+    logger.info("download_dataset: %d samples, %d skipped", artifact.num_samples, len(artifact.skipped))
+    return artifact
+
+
+def read_dataset(folder: Path) -> DatasetArtifact:
+    """The dataset artifact in ``folder``, its rows checked; each picture is checked when it is read.
+
+    Raises:
+        ArtifactError: It is incomplete or damaged.
+    """
+    source = read_artifact(folder, DatasetArtifact)
+    rows = tuple(entry for entry in source.files if entry.path == SAMPLES_FILE)
+    verify_files(folder, source.model_copy(update={"files": rows}))
+    return source
+
+
+def _download(section: DownloadSection, out: Path) -> DatasetArtifact:
     taken: list[tuple[_Picture, Sample, FileEntry]] = []
     skipped: list[tuple[str, Skipped]] = []
     with ExitStack() as stack:
@@ -94,15 +119,12 @@ def download_dataset(section: DownloadSection, out: Path) -> DatasetArtifact:
     write_rows(out, SAMPLES_FILE, samples)
     rows = out / SAMPLES_FILE
     entries[SAMPLES_FILE] = FileEntry(path=SAMPLES_FILE, bytes=rows.stat().st_size, sha256=sha256_of(rows))
-    artifact = DatasetArtifact(
+    return DatasetArtifact(
         fingerprint=fingerprint("dataset", [[sample.id, sample.sha256, sample.captions] for sample in samples]),
         files=tuple(entries[path] for path in sorted(entries)),
         num_samples=len(samples),
         skipped=tuple(skip for _, skip in skipped),
     )
-    write_artifact(out, artifact)
-    logger.info("download_dataset: %d samples, %d skipped", len(samples), len(skipped))
-    return artifact
 
 
 def _list(datasets: Sequence[DatasetSource], stack: ExitStack) -> list[_Picture]:
