@@ -45,8 +45,10 @@ lint: $(READY)  ## Lint, types and layers alone
 
 ##@ Maintenance
 .PHONY: bench compile constraints
-bench: $(READY)  ## Training steps per second against a bare loop, as ratios
+bench: $(READY)  ## Training, caching and reading beside bare loops and SimpleTuner's layout, as ratios
 	$(BIN)/python -m bench.training_overhead
+	$(BIN)/python -m bench.cache_reading
+	$(BIN)/python -m bench.cache_encoding
 
 compile: $(READY)  ## Write pipelines/compiled/finetune.yaml
 	$(BIN)/kubetuner compile --out pipelines/compiled/finetune.yaml

@@ -127,7 +127,7 @@ def run_floor(job: Job, steps: int) -> list[tuple[float, float]]:
                 job.denoiser, question.noisy.noisy_latents, question.noisy.timesteps, question.conditioning
             )
         loss = nn.functional.mse_loss(prediction.float(), question.noisy.target)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, job.section.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -161,7 +161,7 @@ def make_job(family: str, model: nn.Module, model_type: str, steps: int, base: P
         made.add_adapter(model, section.lora)
     config: Any = model.config
     width = config.cross_attention_dim if family == "sdxl" else config.caption_channels
-    shapes = {"embeds": (77 if family == "sdxl" else 76, width)}
+    shapes: dict[str, tuple[int, ...]] = {"embeds": (77 if family == "sdxl" else 76, width)}
     if family == "sdxl":
         shapes["pooled"] = (config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim,)
     row = LatentRow(
