@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kubetuner.config.adapters import LORA_KEYS, read_adapter
 from kubetuner.config.data import Data
 from kubetuner.config.keys import Values
 from kubetuner.config.models import OUTLINES, FamilyOutline
@@ -16,7 +17,6 @@ from kubetuner.config.sections import (
     EvaluateSection,
     FamilyName,
     FlowSchedule,
-    LoraSettings,
     ModelRef,
     ModelType,
     PushSection,
@@ -28,7 +28,6 @@ from kubetuner.errors import Problem
 DEFAULT_JUDGE = "openai/clip-vit-large-patch14-336"
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_init_type", "peft_lora_target_modules", "lora_type")
 _SANA_KEYS = (
     "flow_schedule_shift", "flow_sigmoid_scale", "flow_use_uniform_schedule", "sana_complex_human_instruction",
 )  # fmt: skip
@@ -36,8 +35,8 @@ _TRAIN_KEYS = (
     "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "optimizer",
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "learning_rate", "lr_scheduler", "lr_warmup_steps",
     "lr_end", "lr_power", "grad_clip_method", "caption_dropout_probability", "disable_segmented_timestep_sampling",
-    "seed",    "checkpoint_step_interval", "checkpoints_total_limit", "resume_from_checkpoint", "log_step_interval",
-    "data_backend_sampling",
+    "seed", "checkpoint_step_interval", "checkpoints_total_limit", "resume_from_checkpoint", "log_step_interval",
+    "data_backend_sampling", "layer_freeze_strategy",
 )  # fmt: skip
 
 
@@ -92,7 +91,9 @@ def _refuse_foreign(values: Values, family: str, model_type: str, where: str, pr
         problems.extend(Problem(f"{where}.{name}", f"{reason}; remove it.") for name in names if name in values)
 
     if model_type == "full":
-        refuse(_LORA_KEYS, "has no effect with model_type full")
+        refuse(LORA_KEYS, "has no effect with model_type full")
+    elif values.text("layer_freeze_strategy") == "bitfit":
+        refuse(("layer_freeze_strategy",), "has no effect with model_type lora, which freezes the whole base")
     if family != "sana":
         refuse(_SANA_KEYS, f"has no effect with model_family {family}, which trains no flow and takes no instruction")
     else:
@@ -132,7 +133,7 @@ def _model_path(values: Values, outline: FamilyOutline, where: str, problems: li
 def build_sections(base: Base, data: Data, where: str, cwd: Path, problems: list[Problem]) -> Sections | None:
     """All sections; ``None`` when there are problems."""
     values = base.values
-    train = _train(base, data, where, problems)
+    train = _train(base, data, where, cwd, problems)
     evaluate = _evaluate(base, data, where, cwd, problems)
     push = _push(base, train, where, problems)
     if problems:
@@ -163,7 +164,7 @@ def build_sections(base: Base, data: Data, where: str, cwd: Path, problems: list
     )
 
 
-def _train(base: Base, data: Data, where: str, problems: list[Problem]) -> TrainSection:
+def _train(base: Base, data: Data, where: str, cwd: Path, problems: list[Problem]) -> TrainSection:
     values = base.values
     steps = values.integer("max_train_steps", 0)
     epochs = values.integer("num_train_epochs", 0 if "max_train_steps" in values else 1)
@@ -174,23 +175,11 @@ def _train(base: Base, data: Data, where: str, problems: list[Problem]) -> Train
         problems.append(
             Problem(f"{where}.max_train_steps", "is 0 and so is num_train_epochs; set one of them above 0.")
         )
-    lora = None
-    if base.model_type == "lora":
-        rank = values.integer("lora_rank", 16)
-        lora = LoraSettings.model_validate(
-            {
-                "rank": rank,
-                "alpha": values.number("lora_alpha", float(rank)),
-                "dropout": values.number("lora_dropout", 0.1),
-                "init_type": values.text("lora_init_type", "default"),
-                "target_modules": values.texts("peft_lora_target_modules"),
-            }
-        )
     train = TrainSection.model_validate(
         {
             "model": base.model,
             "model_type": base.model_type,
-            "lora": lora,
+            "lora": read_adapter(values, where, cwd, problems) if base.model_type == "lora" else None,
             "datasets": tuple(entry.sampling for entry in data.of("image")),
             "max_train_steps": steps,
             "num_train_epochs": epochs,

@@ -22,8 +22,8 @@ from rapidfuzz import fuzz, process
 
 from kubetuner.errors import Problem
 
-Kind = Literal["int", "float", "bool", "str", "texts", "prompts", "pick"]
-Value = str | int | float | bool | None | tuple[str, ...] | dict[str, str]
+Kind = Literal["int", "float", "bool", "str", "texts", "prompts", "object", "pick"]
+Value = str | int | float | bool | None | tuple[str, ...] | Mapping[str, object]
 
 _ENV = re.compile(r"\{env:([^}]*)\}")
 _NEAREST_SCORE = 65.0
@@ -34,12 +34,14 @@ class Key:
     """A key that is used.
 
     Attributes:
-        kind: Type of the value; ``texts`` is one string or a list, ``prompts`` a string or an object of strings.
+        kind: Type of the value; ``texts`` is one string or a list, ``prompts`` a string or an object of strings,
+            ``object`` a string or any object.
         choices: Allowed strings, with what each stands for where they differ.
         low: Smallest number allowed.
         high: Largest number allowed.
         above: Numbers must be larger than this.
         later: Choices that SimpleTuner has and that are not available yet.
+        refused: Choices that SimpleTuner has and that make no sense here, with the reason.
         nullable: Whether ``null`` means "not set"; ``null`` then counts as absent.
     """
 
@@ -49,6 +51,7 @@ class Key:
     high: float | None = None
     above: float | None = None
     later: frozenset[str] = frozenset()
+    refused: Mapping[str, str] = field(default_factory=dict)
     nullable: bool = True
 
 
@@ -240,6 +243,8 @@ def _check(rule: Key, value: object, substituted: bool) -> Value:
         if substituted and isinstance(value, str):
             value = _from_text(value)
         return _check_plain(rule, value)
+    if rule.kind == "object" and isinstance(value, Mapping):
+        return dict(value)
     return _check_text(rule, value)
 
 
@@ -289,6 +294,8 @@ def _check_text(rule: Key, value: object) -> Value:
     if rule.choices:
         if value in rule.later:
             raise _RefusedError(f"is {value!r}, which is not available yet; use {_expected(rule)}.")
+        if value in rule.refused:
+            raise _RefusedError(f"is {value!r}: {rule.refused[value]} Use {_expected(rule)}.")
         if value not in rule.choices:
             raise _RefusedError(f"is {value!r}; expected {_expected(rule)}.")
         return rule.choices[value]
@@ -305,6 +312,7 @@ def _expected(rule: Key) -> str:
         "str": "a string",
         "texts": "a string or a list of strings",
         "prompts": "the path of a JSON file, or an object of strings",
+        "object": "the path of a JSON file, or an object",
         "pick": "a string or a whole number",
     }[rule.kind]
     bounds = [f"above {rule.above:g}"] if rule.above is not None else []

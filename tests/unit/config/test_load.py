@@ -195,8 +195,8 @@ def test_accepted_keys(key, value, read, monkeypatch) -> None:
         ("train_batch_size", 0, "at least 1"),
         ("learning_rate", float("nan"), "a number above 0"),
         ("caption_dropout_probability", 1.5, "at most 1"),
-        ("use_bitfit", True, "not available yet"),
-        ("use_bitfit", "False", "not available yet"),
+        ("use_bitfit", 1, "expected 'none' or 'bitfit'"),
+        ("use_bitfit", "False", "expected 'none' or 'bitfit'"),
         ("use_ema", True, "not available yet"),
         ("use_ema", "False", "not available yet"),
         ("base_model_precision", "int8-quanto", "not available yet"),
@@ -204,7 +204,7 @@ def test_accepted_keys(key, value, read, monkeypatch) -> None:
         ("optimizer", "optimi-lion", "not available yet"),
         ("optimizer", "adamw_bf16", "not available yet"),
         ("optimizer", "nonsense", "expected 'torch-adamw' or 'adamw'"),
-        ("use_dora", True, "not available yet"),
+        ("use_dora", True, "no effect with model_type full"),
         ("snr_gamma", 5, "not available yet"),
         ("offset_noise", True, "not available yet"),
         ("validation_preview", True, "not available yet"),
@@ -262,9 +262,13 @@ def test_keys_that_disagree(extra, where) -> None:
 @pytest.mark.parametrize(
     ("extra", "where"),
     [
-        ({"lora_type": "lycoris"}, "lora_type"),
+        ({"lora_type": "lycoris"}, "lycoris_config"),
+        ({"lycoris_config": {"algo": "lokr"}}, "lycoris_config"),
         ({"tokenizer_max_length": 77}, "tokenizer_max_length"),
-        ({"lora_init_type": "pissa"}, "lora_init_type"),
+        ({"lora_init_type": "loftq"}, "lora_init_type"),
+        ({"lora_init_type": "pissa", "use_dora": True}, "lora_init_type"),
+        ({"lora_init_type": "pissa", "init_lora": "x"}, "lora_init_type"),
+        ({"layer_freeze_strategy": "bitfit"}, "layer_freeze_strategy"),
     ],
 )
 def test_lora_refusals(extra, where) -> None:
