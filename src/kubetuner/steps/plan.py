@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kubetuner.artifacts import sha256_of
 from kubetuner.config.load import RunConfig, load
-from kubetuner.config.sections import ModelRef, Sections
+from kubetuner.config.sections import LoraSettings, ModelRef, Sections
 from kubetuner.errors import ConfigError, Problem
 from kubetuner.steps.plan_costs import Costs, estimate, vae_shape
 from kubetuner.steps.plan_datasets import Measured, bucket_problems, measure, steps_per_epoch
@@ -130,7 +131,8 @@ def _resolve_models(sections: Sections, models: _Models) -> Sections:
         vae_path=vae_path,
         vae_revision=folder_revision(Path(vae_path)) if vae_local else "",
     )
-    train = sections.train.model_copy(update={"model": model})
+    lora = _resolve_start(sections.train.lora, models)
+    train = sections.train.model_copy(update={"model": model, "lora": lora})
     return sections.model_copy(
         update={
             "cache_vae": sections.cache_vae.model_copy(update={"model": model}),
@@ -146,6 +148,22 @@ def _resolve_models(sections: Sections, models: _Models) -> Sections:
             "push": sections.push.model_copy(update={"model": model, "training": train.to_json()}),
         }
     )
+
+
+def _resolve_start(lora: LoraSettings | None, models: _Models) -> LoraSettings | None:
+    """``init_lora`` as an absolute path with the hash of its contents."""
+    if lora is None or not lora.init_lora:
+        return lora
+    path = (models.cwd / lora.init_lora).expanduser()
+    if path.is_dir():
+        revision = folder_revision(path)
+    elif path.is_file():
+        revision = sha256_of(path)
+    else:
+        message = f"{path} does not exist; expected an adapter's folder or its .safetensors file (not a hub id)."
+        models.problems.append(Problem("config.json.init_lora", message))
+        return lora
+    return lora.model_copy(update={"init_lora": str(path.resolve()), "init_lora_revision": revision})
 
 
 def _resolve_datasets(sections: Sections, measured: Sequence[Measured]) -> Sections:

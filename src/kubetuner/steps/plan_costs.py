@@ -45,10 +45,12 @@ def estimate(sections: Sections, measured: Sequence[Measured]) -> Costs:
     )
     texts = sum(one.samples for one in measured) + 1
     parameters = _parameters(model)
-    if sections.train.model_type == "full":
+    if sections.train.layer_freeze_strategy == "bitfit":
+        memory = parameters * _BYTES["fp32"]
+    elif sections.train.model_type == "full":
         memory = parameters * _FULL_BYTES
     else:
-        memory = parameters * _BYTES[sections.train.mixed_precision]
+        memory = parameters * _BYTES["bf16" if sections.train.frozen_in_bf16 else "fp32"]
     return Costs(
         latents_bytes=floats * _BYTES[sections.cache_vae.dtype],
         text_embeds_bytes=texts * _text_floats(model) * _BYTES[sections.cache_text_embeds.dtype],

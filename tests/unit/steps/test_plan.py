@@ -111,3 +111,39 @@ def test_alignment_fits_the_autoencoder(tmp_path) -> None:
     pictures(tmp_path / "a", *[(128, 128)] * 2)
     found = refusal({**CONFIG, "model_family": "sana"}, [entry(aspect_bucket_alignment=8)], tmp_path)
     assert "multiple of 32" in found["multidatabackend.json[0].aspect_bucket_alignment"]
+
+
+def test_an_adapter_to_start_from_is_found_and_hashed(tmp_path) -> None:
+    pictures(tmp_path / "a", *[(128, 128)] * 4)
+    config = {**CONFIG, "model_type": "lora", "init_lora": "start"}
+    assert "does not exist" in refusal(config, [entry()], tmp_path)["config.json.init_lora"]
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "adapter_model.safetensors").write_bytes(b"1")
+    first = make_plan(config, [entry()], cwd=tmp_path).sections.train.lora
+    assert first is not None
+    assert first.init_lora == str(tmp_path / "start")
+    (tmp_path / "start" / "adapter_model.safetensors").write_bytes(b"2")
+    second = make_plan(config, [entry()], cwd=tmp_path).sections.train.lora
+    assert second is not None
+    assert first.init_lora_revision != second.init_lora_revision
+
+
+def test_the_page_names_what_is_trained(tmp_path) -> None:
+    pictures(tmp_path / "a", *[(128, 128)] * 4)
+    lycoris = {"lora_type": "lycoris", "lycoris_config": {"algo": "lokr", "linear_dim": 10000, "linear_alpha": 1}}
+    for keys, said in (
+        ({"layer_freeze_strategy": "bitfit"}, "biases only (BitFit)"),
+        ({"model_type": "lora", "use_dora": True, "lora_rank": 4}, "DoRA of rank 4"),
+        ({"model_type": "lora", **lycoris}, "LoKr of full rank"),
+    ):
+        assert said in make_plan({**CONFIG, **keys}, [entry()], cwd=tmp_path).markdown
+
+
+def test_what_is_frozen_takes_less_memory(tmp_path) -> None:
+    pictures(tmp_path / "a", *[(128, 128)] * 4)
+
+    def memory(**keys: object) -> object:
+        return make_plan({**CONFIG, **keys}, [entry()], cwd=tmp_path).summary["training_memory_bytes"]
+
+    pissa = memory(model_type="lora", lora_init_type="pissa")
+    assert memory() == 4 * memory(layer_freeze_strategy="bitfit") == 4 * pissa == 8 * memory(model_type="lora")
