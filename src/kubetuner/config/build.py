@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kubetuner.config.adapters import LORA_KEYS, read_adapter
+from kubetuner.config.attention import HALF_ONLY, WITHOUT_MASKS
 from kubetuner.config.data import Data
 from kubetuner.config.keys import Values
 from kubetuner.config.models import OUTLINES, FamilyOutline
@@ -37,6 +38,7 @@ _TRAIN_KEYS = (
     "lr_end", "lr_power", "grad_clip_method", "caption_dropout_probability", "disable_segmented_timestep_sampling",
     "seed", "checkpoint_step_interval", "checkpoints_total_limit", "resume_from_checkpoint", "log_step_interval",
     "data_backend_sampling", "layer_freeze_strategy",
+    "gradient_checkpointing_interval", "attention_mechanism",
 )  # fmt: skip
 
 
@@ -189,6 +191,7 @@ def _train(base: Base, data: Data, where: str, cwd: Path, problems: list[Problem
         }
     )
     _check_schedule(train, values, where, problems)
+    _check_machinery(train, where, problems)
     return train
 
 
@@ -205,6 +208,19 @@ def _check_schedule(train: TrainSection, values: Values, where: str, problems: l
     for name in ("adam_beta1", "adam_beta2"):
         if values.number(name, 0.0) >= 1:
             problems.append(Problem(f"{where}.{name}", "is 1; expected a number below 1."))
+
+
+def _check_machinery(train: TrainSection, where: str, problems: list[Problem]) -> None:
+    """How the network is run: what has no effect, and what the kernels of attention ask for."""
+    if train.gradient_checkpointing_interval > 1 and not train.gradient_checkpointing:
+        message = f"is {train.gradient_checkpointing_interval} and gradient_checkpointing is false; remove one of them."
+        problems.append(Problem(f"{where}.gradient_checkpointing_interval", message))
+    mechanism, place = train.attention_mechanism, f"{where}.attention_mechanism"
+    if train.model.family == "sana" and mechanism in WITHOUT_MASKS:
+        message = "has no effect for sana, whose self-attention is linear and whose other attention has a mask"
+        problems.append(Problem(place, f"is {mechanism!r}, which {message}; use 'diffusers'."))
+    elif mechanism in HALF_ONLY and train.mixed_precision == "no":
+        problems.append(Problem(place, f"is {mechanism!r}, which needs mixed_precision 'bf16'."))
 
 
 def _evaluate(base: Base, data: Data, where: str, cwd: Path, problems: list[Problem]) -> EvaluateSection:

@@ -246,6 +246,8 @@ class TrainSection(Section):
 
     Attributes:
         layer_freeze_strategy: ``bitfit`` trains the biases only (``model_type: full``).
+        gradient_checkpointing_interval: Every n-th block's activations are computed again instead of being kept.
+        attention_mechanism: Kernel of softmax attention; see :mod:`kubetuner.config.attention`.
         max_train_steps: Optimizer steps; exactly one of this and ``num_train_epochs`` is above 0.
         grad_clip_method: ``norm`` or ``value``; ``max_grad_norm`` 0 turns clipping off.
         checkpoint_step_interval: Optimizer steps between checkpoints; 0 for the end only.
@@ -269,6 +271,8 @@ class TrainSection(Section):
     train_batch_size: int = 4
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = True
+    gradient_checkpointing_interval: int = 1
+    attention_mechanism: str = "diffusers"
     mixed_precision: Literal["no", "bf16"] = "bf16"
     optimizer: Literal["torch-adamw"] = "torch-adamw"
     adam_beta1: float = 0.9

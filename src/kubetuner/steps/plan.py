@@ -4,11 +4,13 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from kubetuner.artifacts import sha256_of
+from kubetuner.config.attention import PACKAGES, is_installed
 from kubetuner.config.load import RunConfig, load
-from kubetuner.config.sections import LoraSettings, ModelRef, Sections
+from kubetuner.config.sections import LoraSettings, ModelRef, Sections, TrainSection
 from kubetuner.errors import ConfigError, Problem
 from kubetuner.steps.plan_costs import Costs, estimate, vae_shape
 from kubetuner.steps.plan_datasets import Measured, bucket_problems, measure, steps_per_epoch
@@ -54,6 +56,7 @@ def make_plan(config: Mapping[str, object], data: Sequence[object] | None, *, cw
     for one in measured:
         problems.extend(bucket_problems(one, train))
     problems.extend(_alignment_problems(sections, run))
+    problems.extend(_library_problems(sections.train))
     if problems:
         raise ConfigError(problems)
     sections = _resolve_datasets(sections, measured)
@@ -73,6 +76,17 @@ def _alignment_problems(sections: Sections, run: RunConfig) -> list[Problem]:
         for entry in run.data.pictures
         if (alignment := entry.geometry.geometry.aspect_bucket_alignment) % factor
     ]
+
+
+def _library_problems(train: TrainSection) -> list[Problem]:
+    """Libraries that training will miss. Where there is no torch, training will run elsewhere and cannot be asked."""
+    if find_spec("torch") is None or is_installed(train.attention_mechanism):
+        return []
+    message = (
+        f"is {train.attention_mechanism!r}, and the Python package {PACKAGES[train.attention_mechanism]} is not "
+        "installed; install it, or use 'diffusers', which takes the fastest kernel of PyTorch's own."
+    )
+    return [Problem("config.json.attention_mechanism", message)]
 
 
 def folder_revision(folder: Path) -> str:

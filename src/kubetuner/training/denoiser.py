@@ -1,25 +1,26 @@
 """The network to train: loaded, with an adapter or not, and with the right parameters trainable."""
 
-from typing import Any, cast
-
 import torch
 from torch import nn
 
 from kubetuner.config.sections import TrainSection
 from kubetuner.errors import InputError
+from kubetuner.families.attention import use_attention
 from kubetuner.families.base import Family
 from kubetuner.training.randomness import derive_seed
+from kubetuner.training.recompute import recompute_activations
 
 
 def prepare_denoiser(section: TrainSection, family: Family, device: torch.device) -> nn.Module:
     """The network on ``device`` with its trainable parameters in float32.
 
     Raises:
-        InputError: The adapter does not fit the network, or BitFit finds no bias.
+        InputError: The adapter does not fit the network, BitFit finds no bias, or the attention needs something else.
     """
     denoiser = load_base(section, family, device)
+    use_attention(denoiser, section.attention_mechanism, device)
     if section.gradient_checkpointing:
-        cast(Any, denoiser).enable_gradient_checkpointing()
+        recompute_activations(denoiser, section.gradient_checkpointing_interval)
     if section.lora is not None:
         torch.manual_seed(derive_seed(section.seed, "adapter", 0, 0))
         return family.add_adapter(denoiser, section.lora)

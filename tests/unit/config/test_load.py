@@ -208,9 +208,10 @@ def test_accepted_keys(key, value, read, monkeypatch) -> None:
         ("snr_gamma", 5, "not available yet"),
         ("offset_noise", True, "not available yet"),
         ("validation_preview", True, "not available yet"),
-        ("attention_mechanism", "xformers", "not available yet"),
+        ("attention_mechanism", "sageattention", "no backward pass"),
+        ("attention_mechanism", "flex", "not available yet"),
         ("vae_cache_disable", True, "not available yet"),
-        ("gradient_checkpointing_interval", 2, "not available yet"),
+        ("gradient_checkpointing_interval", 0, "at least 1"),
         ("report_to", "wandb", "not available yet"),
         ("mixed_precision", "fp16", "not available yet"),
         ("validation_steps", 100, "not available yet"),
@@ -248,6 +249,8 @@ def test_refused_keys(key, value, message) -> None:
         ({"max_train_steps": 0}, "max_train_steps"),
         ({"max_train_steps": 5, "lr_warmup_steps": 6}, "lr_warmup_steps"),
         ({"lr_scheduler": "polynomial", "lr_end": 4e-7}, "lr_end"),
+        ({"gradient_checkpointing": False, "gradient_checkpointing_interval": 2}, "gradient_checkpointing_interval"),
+        ({"attention_mechanism": "flash-attn-2", "mixed_precision": "no"}, "attention_mechanism"),
         ({"push_to_hub": True}, "hub_model_id"),
         ({"evaluation_type": "clip"}, "evaluation_type"),
         ({"pretrained_evaluation_model_name_or_path": "x"}, "pretrained_evaluation_model_name_or_path"),
@@ -273,6 +276,11 @@ def test_keys_that_disagree(extra, where) -> None:
 )
 def test_lora_refusals(extra, where) -> None:
     assert list(problems_of({**SDXL, **extra}, camera("sdxl"))) == [f"config.json.{where}"]
+
+
+def test_a_kernel_that_sana_would_not_use_is_refused() -> None:
+    found = problems_of({**SANA, "attention_mechanism": "flash-attn-2"}, sana_data())
+    assert "self-attention is linear" in found["config.json.attention_mechanism"]
 
 
 def test_regularisation_of_a_lora_is_refused() -> None:

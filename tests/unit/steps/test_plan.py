@@ -147,3 +147,13 @@ def test_what_is_frozen_takes_less_memory(tmp_path) -> None:
 
     pissa = memory(model_type="lora", lora_init_type="pissa")
     assert memory() == 4 * memory(layer_freeze_strategy="bitfit") == 4 * pissa == 8 * memory(model_type="lora")
+
+
+@pytest.mark.parametrize("mechanism", ["xformers", "flash-attn-2", "flash-attn-3"])
+def test_a_missing_library_is_found_before_training(tmp_path, mechanism) -> None:
+    """The test environment has none of them, and PyTorch's own kernels need none."""
+    pictures(tmp_path / "a", *[(128, 128)] * 4)
+    found = refusal({**CONFIG, "attention_mechanism": mechanism}, [entry()], tmp_path)
+    assert "is not installed" in found["config.json.attention_mechanism"]
+    train = make_plan({**CONFIG, "attention_mechanism": "native-math"}, [entry()], cwd=tmp_path).sections.train
+    assert train.attention_mechanism == "native-math"

@@ -29,7 +29,7 @@ from kubetuner.config.sections import (
     PushSection,
     TrainSection,
 )
-from kubetuner.errors import ArtifactError
+from kubetuner.errors import ArtifactError, InputError
 from kubetuner.families import load_family
 from kubetuner.steps.evaluate import evaluate
 from kubetuner.steps.push_to_hub import push_to_hub
@@ -111,6 +111,19 @@ def test_bitfit_changes_the_biases_and_saves_a_whole_pipeline(tmp_path: Path, fa
     changed = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
     assert changed
     assert all("bias" in name for name in changed)
+
+
+def test_kernel_and_recomputed_blocks_reach_the_network(tmp_path: Path) -> None:
+    """The same training but for rounding, by another kernel and with other activations kept."""
+    caches = _caches(tmp_path, "sdxl")
+    shared = {"model_type": "lora", "lora": KINDS["lora"], "mixed_precision": "no"}
+    plain = train(_section(tmp_path, "sdxl", **shared), *caches, tmp_path / "plain")
+    other = {"attention_mechanism": "native-math", "gradient_checkpointing_interval": 2}
+    changed = train(_section(tmp_path, "sdxl", **shared, **other), *caches, tmp_path / "changed")
+    assert plain.fingerprint != changed.fingerprint
+    assert changed.last_loss == pytest.approx(plain.last_loss, rel=1e-4)
+    with pytest.raises(InputError, match="NVIDIA GPU"):
+        train(_section(tmp_path, "sdxl", attention_mechanism="native-cudnn"), *caches, tmp_path / "gpu")
 
 
 def test_a_run_started_at_an_adapter_goes_on_from_it(tmp_path: Path) -> None:
