@@ -38,7 +38,7 @@ _TRAIN_KEYS = (
     "lr_end", "lr_power", "grad_clip_method", "caption_dropout_probability", "disable_segmented_timestep_sampling",
     "seed", "checkpoint_step_interval", "checkpoints_total_limit", "resume_from_checkpoint", "log_step_interval",
     "data_backend_sampling", "layer_freeze_strategy",
-    "gradient_checkpointing_interval", "attention_mechanism",
+    "gradient_checkpointing_interval", "attention_mechanism", "base_model_precision",
 )  # fmt: skip
 
 
@@ -221,6 +221,23 @@ def _check_machinery(train: TrainSection, where: str, problems: list[Problem]) -
         problems.append(Problem(place, f"is {mechanism!r}, which {message}; use 'diffusers'."))
     elif mechanism in HALF_ONLY and train.mixed_precision == "no":
         problems.append(Problem(place, f"is {mechanism!r}, which needs mixed_precision 'bf16'."))
+    if train.base_model_precision != "no_change" and (reason := _unroundable(train)):
+        message = f"is {train.base_model_precision!r}, {reason}; use 'no_change'."
+        problems.append(Problem(f"{where}.base_model_precision", message))
+
+
+def _unroundable(train: TrainSection) -> str:
+    """Why the base's weights cannot be rounded, or an empty text."""
+    adapter = train.lora
+    if adapter is None:
+        return "and model_type full trains and saves the very weights that would be rounded"
+    if adapter.use_dora:
+        return "and use_dora trains the magnitudes of the very weights that would be rounded"
+    if adapter.init_type in ("olora", "pissa"):
+        return f"and lora_init_type {adapter.init_type} takes its start out of the weights, which cannot be rounded yet"
+    if adapter.algorithm != "lora" and train.base_model_precision == "nf4-bnb":
+        return f"whose weights are packed in pairs, so that PEFT's {adapter.title} does not see their shape"
+    return ""
 
 
 def _evaluate(base: Base, data: Data, where: str, cwd: Path, problems: list[Problem]) -> EvaluateSection:

@@ -32,7 +32,6 @@ LATER: dict[str, Rule] = {
     "ema_foreach_disable": Later("averaging of weights (EMA) is", (False,)),
     "ema_warmup_steps": Later("averaging of weights (EMA) is", (0,)),
     "ema_validation": Later("averaging of weights (EMA) is", ("none",)),
-    "base_model_precision": Later(_QUANTISED, ("no_change",)),
     "base_model_default_dtype": Later("another dtype of the frozen weights is", ("bf16",)),
     "text_encoder_1_precision": Later(_QUANTISED, ("no_change",)),
     "text_encoder_2_precision": Later(_QUANTISED, ("no_change",)),

@@ -11,7 +11,7 @@ Defaults are the sections' own. Where they differ from SimpleTuner's:
 * ``seed`` is 42, so that two runs agree; ``validation_resolution`` is 1024x1024; the negative prompt is empty.
 """
 
-from kubetuner.config import attention
+from kubetuner.config import attention, precision
 from kubetuner.config.adapters import LOFTQ
 from kubetuner.config.keys import Alias, Key, Rule, Schema, Unneeded, one_of
 from kubetuner.config.later_keys import FOREIGN, LATER, OPTIMIZERS
@@ -36,6 +36,7 @@ MODEL_RULES: dict[str, Rule] = {
     "layer_freeze_strategy": Key("str", one_of("none", "bitfit")),
     "gradient_checkpointing": Key("bool"),
     "gradient_checkpointing_interval": Key("int", low=1),
+    "base_model_precision": Key("str", one_of(*precision.PRECISIONS), later=precision.LATER, refused=precision.REFUSED),
     "attention_mechanism": Key(
         "str", one_of(*attention.MECHANISMS), later=frozenset({"flex"}), refused=attention.REFUSED
     ),

@@ -29,6 +29,7 @@ _TRAINING = {
     "optimizer": "Optimizer",
     "adam_weight_decay": "Weight decay",
     "mixed_precision": "Mixed precision",
+    "base_model_precision": "Base model precision",
     "caption_dropout_probability": "Caption dropout probability",
     "seed": "Seed",
 }

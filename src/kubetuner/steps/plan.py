@@ -10,6 +10,7 @@ from pathlib import Path
 from kubetuner.artifacts import sha256_of
 from kubetuner.config.attention import PACKAGES, is_installed
 from kubetuner.config.load import RunConfig, load
+from kubetuner.config.precision import missing_library
 from kubetuner.config.sections import LoraSettings, ModelRef, Sections, TrainSection
 from kubetuner.errors import ConfigError, Problem
 from kubetuner.steps.plan_costs import Costs, estimate, vae_shape
@@ -80,13 +81,23 @@ def _alignment_problems(sections: Sections, run: RunConfig) -> list[Problem]:
 
 def _library_problems(train: TrainSection) -> list[Problem]:
     """Libraries that training will miss. Where there is no torch, training will run elsewhere and cannot be asked."""
-    if find_spec("torch") is None or is_installed(train.attention_mechanism):
+    if find_spec("torch") is None:
         return []
-    message = (
-        f"is {train.attention_mechanism!r}, and the Python package {PACKAGES[train.attention_mechanism]} is not "
-        "installed; install it, or use 'diffusers', which takes the fastest kernel of PyTorch's own."
-    )
-    return [Problem("config.json.attention_mechanism", message)]
+    problems = []
+    mechanism, precision = train.attention_mechanism, train.base_model_precision
+    if not is_installed(mechanism):
+        message = (
+            f"is {mechanism!r}, and the Python package {PACKAGES[mechanism]} is not installed; "
+            "install it, or use 'diffusers', which takes the fastest kernel of PyTorch's own."
+        )
+        problems.append(Problem("config.json.attention_mechanism", message))
+    if distribution := missing_library(precision):
+        message = (
+            f"is {precision!r}, and the Python package {distribution} is not installed; "
+            "install kubetuner[quantised], or use 'no_change'."
+        )
+        problems.append(Problem("config.json.base_model_precision", message))
+    return problems
 
 
 def folder_revision(folder: Path) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kubetuner.config.models import OUTLINES
+from kubetuner.config.precision import BYTES
 from kubetuner.config.sections import ModelRef, Sections
 from kubetuner.steps.plan_datasets import Measured
 
@@ -50,7 +51,8 @@ def estimate(sections: Sections, measured: Sequence[Measured]) -> Costs:
     elif sections.train.model_type == "full":
         memory = parameters * _FULL_BYTES
     else:
-        memory = parameters * _BYTES["bf16" if sections.train.frozen_in_bf16 else "fp32"]
+        whole = _BYTES["bf16" if sections.train.frozen_in_bf16 else "fp32"]
+        memory = int(parameters * BYTES.get(sections.train.base_model_precision, whole))
     return Costs(
         latents_bytes=floats * _BYTES[sections.cache_vae.dtype],
         text_embeds_bytes=texts * _text_floats(model) * _BYTES[sections.cache_text_embeds.dtype],

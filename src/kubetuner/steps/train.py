@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 PIPELINE_FOLDER = "pipeline"
 _TRACKED_PARAMS = (
     "model_type", "layer_freeze_strategy", "max_train_steps", "num_train_epochs", "train_batch_size",
-    "gradient_accumulation_steps", "mixed_precision", "optimizer", "learning_rate", "lr_scheduler",
-    "lr_warmup_steps", "max_grad_norm", "grad_clip_method", "caption_dropout_probability", "seed",
+    "gradient_accumulation_steps", "mixed_precision", "base_model_precision", "optimizer", "learning_rate",
+    "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "grad_clip_method", "caption_dropout_probability", "seed",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from kubetuner.config.sections import TrainSection
 from kubetuner.errors import InputError
 from kubetuner.families.attention import use_attention
 from kubetuner.families.base import Family
+from kubetuner.families.quantised import quantise
 from kubetuner.training.randomness import derive_seed
 from kubetuner.training.recompute import recompute_activations
 
@@ -30,7 +31,9 @@ def prepare_denoiser(section: TrainSection, family: Family, device: torch.device
 
 
 def load_base(section: TrainSection, family: Family, device: torch.device) -> nn.Module:
-    """The network as it was published; under a bf16 adapter it is bf16, which halves its memory.
+    """The network as it was published, or rounded to ``base_model_precision``.
+
+    Under a bf16 adapter it is bf16, which halves its memory.
 
     An adapter that takes its start out of the base's weights (``olora``, ``pissa``) leaves a rest that bf16 would
     round away from what the saved adapter is loaded onto, so its base stays float32.
@@ -38,7 +41,7 @@ def load_base(section: TrainSection, family: Family, device: torch.device) -> nn
     rounding them would change the published weights.
     """
     dtype = torch.bfloat16 if section.frozen_in_bf16 else torch.float32
-    return family.load_denoiser(section.model, device, dtype)
+    return quantise(family.load_denoiser(section.model, device, dtype), section.base_model_precision)
 
 
 def _only_biases(denoiser: nn.Module) -> nn.Module:

@@ -34,6 +34,9 @@ SANA = {
 }
 
 
+LOKR = {"lora_type": "lycoris", "lycoris_config": {"algo": "lokr", "linear_dim": 8}}
+
+
 def camera(family):
     return [
         {
@@ -199,7 +202,9 @@ def test_accepted_keys(key, value, read, monkeypatch) -> None:
         ("use_bitfit", "False", "expected 'none' or 'bitfit'"),
         ("use_ema", True, "not available yet"),
         ("use_ema", "False", "not available yet"),
-        ("base_model_precision", "int8-quanto", "not available yet"),
+        ("base_model_precision", "int8-quanto", "model_type full trains and saves the very weights"),
+        ("base_model_precision", "int4-quanto", "not available yet"),
+        ("base_model_precision", "fp8-quanto", "SimpleTuner refuses it"),
         ("text_encoder_1_precision", "int8-quanto", "not available yet"),
         ("optimizer", "optimi-lion", "not available yet"),
         ("optimizer", "adamw_bf16", "not available yet"),
@@ -272,6 +277,9 @@ def test_keys_that_disagree(extra, where) -> None:
         ({"lora_init_type": "pissa", "use_dora": True}, "lora_init_type"),
         ({"lora_init_type": "pissa", "init_lora": "x"}, "lora_init_type"),
         ({"layer_freeze_strategy": "bitfit"}, "layer_freeze_strategy"),
+        ({"base_model_precision": "int8-torchao", "use_dora": True}, "base_model_precision"),
+        ({"base_model_precision": "int8-torchao", "lora_init_type": "olora"}, "base_model_precision"),
+        ({"base_model_precision": "nf4-bnb", **LOKR}, "base_model_precision"),
     ],
 )
 def test_lora_refusals(extra, where) -> None:

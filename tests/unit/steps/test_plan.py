@@ -3,6 +3,7 @@ import os
 import pytest
 from PIL import Image
 
+from kubetuner.config.precision import missing_library
 from kubetuner.errors import ConfigError
 from kubetuner.steps.plan import make_plan
 
@@ -157,3 +158,16 @@ def test_a_missing_library_is_found_before_training(tmp_path, mechanism) -> None
     assert "is not installed" in found["config.json.attention_mechanism"]
     train = make_plan({**CONFIG, "attention_mechanism": "native-math"}, [entry()], cwd=tmp_path).sections.train
     assert train.attention_mechanism == "native-math"
+
+
+@pytest.mark.parametrize("precision", ["int8-torchao", "int8-quanto", "nf4-bnb"])
+def test_a_rounded_base_takes_less_memory_or_misses_its_library(tmp_path, precision) -> None:
+    pictures(tmp_path / "a", *[(128, 128)] * 4)
+    config = {**CONFIG, "model_type": "lora"}
+    rounded = {**config, "base_model_precision": precision}
+    if missing_library(precision):
+        found = refusal(rounded, [entry()], tmp_path)
+        assert "install kubetuner[quantised]" in found["config.json.base_model_precision"]
+        return
+    plans = [make_plan(one, [entry()], cwd=tmp_path).summary["training_memory_bytes"] for one in (config, rounded)]
+    assert plans[0] == plans[1] * (4 if precision == "nf4-bnb" else 2)

@@ -159,8 +159,10 @@ def test_a_resumed_adapter_is_the_uninterrupted_one(tmp_path: Path, kind: str) -
             return Path()
 
         Checkpoints.save = save_and_die  # type: ignore[method-assign]
-        train(section, *caches, tmp_path / "parts")
-        os._exit(0)
+        try:
+            train(section, *caches, tmp_path / "parts")
+        finally:
+            os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
     again = train(section, *caches, tmp_path / "parts")
@@ -220,6 +222,7 @@ def test_the_same_run_gives_the_same_bytes_wherever_it_was_interrupted(tmp_path:
     whole = train(section, *caches, tmp_path / "whole")
     child = os.fork()
     if child == 0:  # Killed by the interval timer, wherever training is by then.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's handler would run the other tests here.
         signal.setitimer(signal.ITIMER_REAL, 0.3)
         train(section, *caches, tmp_path / "parts")
         os._exit(0)
