@@ -42,7 +42,7 @@ _LYCORIS_RULES: dict[str, Rule] = {
     "use_tucker": Key("bool"),
     "rank_dropout": Key("float", low=0, high=1),
     "module_dropout": Key("float", low=0, high=1),
-    "apply_preset": Key("object"),
+    "apply_preset": Key("json"),
     "multiplier": Later("an adapter's multiplier is", (1,)),
     "dropout": Later("dropout of the input (PEFT has rank_dropout and module_dropout for LyCORIS) is", (0,)),
     "rank_dropout_scale": Later("scaling with rank_dropout is", (False,)),
@@ -60,7 +60,7 @@ _LYCORIS_RULES: dict[str, Rule] = {
 _PRESET_RULES: dict[str, Rule] = {
     "target_module": Key("texts"),
     "target_name": Later("choosing layers by patterns of names is"),
-    "module_algo_map": Key("object"),
+    "module_algo_map": Key("json"),
     "name_algo_map": Later("settings by patterns of names (PEFT has one setting for all layers) is"),
     "exclude_name": Later("leaving out layers by name is"),
     "enable_conv": Later("leaving out convolutions is", (True,)),
@@ -144,14 +144,18 @@ def _lycoris(values: Values, where: str, cwd: Path, problems: list[Problem]) -> 
 
 def _mapping(values: Values, where: str, cwd: Path, problems: list[Problem]) -> tuple[Mapping[str, object] | None, str]:
     """The LyCORIS settings and what to call them in messages."""
-    given, place = values.get("lycoris_config"), f"{where}.lycoris_config"
+    given, place = values.json("lycoris_config"), f"{where}.lycoris_config"
     if given is None:
         example = '{"algo": "lokr", "linear_dim": 10000, "linear_alpha": 1, "factor": 16}'
         problems.append(Problem(place, f"is missing; lora_type lycoris needs a JSON file or an object like {example}."))
         return None, place
     if isinstance(given, Mapping):
         return given, place
-    path = cwd / str(given)
+    if not isinstance(given, str):
+        message = f"is {json.dumps(given)}; expected the path of a JSON file, or an object."
+        problems.append(Problem(place, message))
+        return None, place
+    path = cwd / given
     try:
         value: object = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -168,7 +172,7 @@ def _mapping(values: Values, where: str, cwd: Path, problems: list[Problem]) -> 
 
 def _preset(given: Values, where: str, problems: list[Problem]) -> tuple[tuple[str, ...], Values]:
     """The classes whose layers get an adapter, and the settings that ``module_algo_map`` gives all of them."""
-    preset, place = given.get("apply_preset"), f"{where}.apply_preset"
+    preset, place = given.json("apply_preset"), f"{where}.apply_preset"
     if preset is None:
         return _DEFAULT_CLASSES, Values({})
     if not isinstance(preset, Mapping):
@@ -176,7 +180,7 @@ def _preset(given: Values, where: str, problems: list[Problem]) -> tuple[tuple[s
         return _DEFAULT_CLASSES, Values({})
     chosen = read(preset, _PRESET, place, problems)
     classes = chosen.texts("target_module") or _DEFAULT_CLASSES
-    table = chosen.get("module_algo_map") or {}
+    table = chosen.json("module_algo_map") if "module_algo_map" in chosen else {}
     rows = {name: row for name, row in table.items() if isinstance(row, Mapping)} if isinstance(table, Mapping) else {}
     if not isinstance(table, Mapping) or len(rows) < len(table):
         problems.append(Problem(f"{place}.module_algo_map", "is not understood; expected an object of objects."))

@@ -1,5 +1,7 @@
 """LoRA, DoRA, LoKr and LoHa through peft, injected in place: the denoiser keeps its class."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,6 +83,31 @@ def adapter_metadata(denoiser: nn.Module) -> dict[str, Any]:
     return values
 
 
+@contextmanager
+def without_adapter(denoiser: nn.Module) -> Iterator[None]:
+    """The base model alone, in eval mode; afterwards the adapter and the mode are as before.
+
+    Where the adapter started from the base's weights these hold the rest only: its start makes them whole.
+    """
+    layers = _adapted(denoiser).values()
+    whole = [layer for layer in layers if not hasattr(layer, _START_A)]
+    halves = [layer for layer in layers if hasattr(layer, _START_A)]
+    was_training = denoiser.training
+    denoiser.eval()
+    for layer in whole:
+        layer.enable_adapters(enabled=False)
+    for layer in halves:
+        _exchange_start(layer)
+    try:
+        yield
+    finally:
+        for layer in whole:
+            layer.enable_adapters(enabled=True)
+        for layer in halves:
+            _exchange_start(layer)
+        denoiser.train(was_training)
+
+
 def _config(settings: LoraSettings, names: list[str]) -> Any:
     from peft import LoHaConfig, LoKrConfig, LoraConfig
 
@@ -117,6 +144,14 @@ def _adapted(denoiser: nn.Module) -> dict[str, Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: module for name, module in denoiser.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _exchange_start(layer: Any) -> None:
+    """Put what the adapter started from in the place of what was trained, or back."""
+    for name, linear in ((_START_A, layer.lora_A[ADAPTER]), (_START_B, layer.lora_B[ADAPTER])):
+        kept = getattr(layer, name)
+        setattr(layer, name, linear.weight.data)
+        linear.weight.data = kept
 
 
 def _targets(denoiser: nn.Module, settings: LoraSettings, default_targets: tuple[str, ...]) -> dict[str, nn.Module]:

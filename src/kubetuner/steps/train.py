@@ -108,12 +108,13 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
     segmented = not section.disable_segmented_timestep_sampling
     process = family.noise_process(section.model, section.flow, segmented)
     bf16 = section.mixed_precision == "bf16"
+    regularising = frozenset(dataset.id for dataset in section.datasets if dataset.is_regularisation_data)
     return Job(
         section=section,
         denoiser=prepare_denoiser(section, family, device),
-        objective=Objective(family, process, batches.null, section.seed, bf16),
+        objective=Objective(family, process, batches.null, section.seed, bf16, regularising),
         batches=batches,
-        batches_per_epoch=batches.batches_per_epoch,
+        epochs=batches.epochs,
         total_steps=_total_steps(section, batches.batches_per_epoch),
         device=device,
     )

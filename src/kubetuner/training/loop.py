@@ -7,6 +7,7 @@ needs, and a resumed run has the losses of an uninterrupted one bit for bit.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ class Job:
 
     Attributes:
         denoiser: The network on its device; the parameters that require gradients are trained.
-        batches_per_epoch: For the logged epoch number.
+        epochs: Epochs gone through after so many micro-steps, for the log.
         total_steps: Optimizer steps.
     """
 
@@ -42,7 +43,7 @@ class Job:
     denoiser: nn.Module
     objective: Objective
     batches: BatchSource
-    batches_per_epoch: int
+    epochs: Callable[[int], float]
     total_steps: int
     device: torch.device
 
@@ -97,6 +98,7 @@ def train_denoiser(job: Job, checkpoints: Checkpoints, log: Log) -> Outcome:
 def _take_step(job: Job, optimizer: Optimizer, parameters: list[nn.Parameter], feed: Feed, step: int) -> TakenStep:
     section, micro_steps = job.section, job.section.gradient_accumulation_steps
     samples: list[str] = []
+    regularising: list[bool] = []
     losses: list[Tensor] = []
     for micro in range(micro_steps):
         question = feed.next()
@@ -104,14 +106,15 @@ def _take_step(job: Job, optimizer: Optimizer, parameters: list[nn.Parameter], f
         loss = job.objective.losses(job.denoiser, question)
         (loss.mean() / micro_steps).backward()  # type: ignore[no-untyped-call]
         samples.extend(question.samples)
+        regularising.extend([question.regularising] * len(question.samples))
         losses.append(loss.detach())
     size = clip_gradients(section, parameters)
     rate = learning_rate(section, step, job.total_steps)
     set_learning_rate(optimizer, rate)
     optimizer.step()
     optimizer.zero_grad()
-    epoch = (step + 1) * micro_steps / job.batches_per_epoch
-    return TakenStep(step + 1, rate, epoch, tuple(samples), torch.cat(losses), size)
+    epoch = job.epochs((step + 1) * micro_steps)
+    return TakenStep(step + 1, rate, epoch, tuple(samples), torch.cat(losses), size, tuple(regularising))
 
 
 def _checkpoint_due(job: Job, taken: int) -> bool:

@@ -27,6 +27,7 @@ class TakenStep:
         number: 1 for the first step.
         samples: Names, in the order of ``losses``.
         losses: Loss per sample over all micro-steps.
+        regularising: Per sample, whether its target was the base model's prediction.
         gradient: Size of the gradient before clipping.
     """
 
@@ -36,6 +37,7 @@ class TakenStep:
     samples: tuple[str, ...]
     losses: Tensor
     gradient: Tensor
+    regularising: tuple[bool, ...]
 
 
 class _Reading:
@@ -93,6 +95,9 @@ class Meter:
         if taken.number % self._interval == 0 or not self.points:
             self.points.append(LossPoint(step=taken.number, loss=loss, lr=taken.learning_rate))
             values = {"train_loss": loss, "learning_rate": taken.learning_rate, "epoch": taken.epoch}
+            parents = [loss for loss, regularising in zip(losses, taken.regularising, strict=True) if regularising]
+            if parents:
+                values["regularisation_loss"] = sum(parents) / len(parents)
             self._log({**values, self._gradient_name: gradient}, taken.number)
 
 

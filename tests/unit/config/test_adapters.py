@@ -115,3 +115,11 @@ def test_a_bad_lycoris_file(text: str | None, tmp_path: Path) -> None:
         (tmp_path / "lycoris.json").write_text(text)
     with pytest.raises(ConfigError, match=r"lycoris\.json"):
         adapter(tmp_path, lora_type="lycoris", lycoris_config="lycoris.json")
+
+
+def test_values_that_are_no_objects_are_refused() -> None:
+    said = refusal(lora_type="lycoris", lycoris_config=3)
+    assert said == {"config.json.lycoris_config": "is 3; expected the path of a JSON file, or an object."}
+    for preset, where in ((3, "apply_preset"), ({"module_algo_map": []}, "apply_preset.module_algo_map")):
+        found = refusal(lora_type="lycoris", lycoris_config={"algo": "lokr", "apply_preset": preset})
+        assert list(found) == [f"config.json.lycoris_config.{where}"]

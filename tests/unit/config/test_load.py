@@ -291,12 +291,6 @@ def test_a_kernel_that_sana_would_not_use_is_refused() -> None:
     assert "self-attention is linear" in found["config.json.attention_mechanism"]
 
 
-def test_regularisation_of_a_lora_is_refused() -> None:
-    data = camera("sdxl")
-    data[0]["is_regularisation_data"] = True
-    assert "not available yet" in problems_of(SDXL, data)["multidatabackend.json[0].is_regularisation_data"]
-
-
 def test_all_problems_at_once() -> None:
     data = camera("pixart")
     data[0] |= {"crop": "False", "resolution": 1024}
