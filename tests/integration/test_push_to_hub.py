@@ -220,3 +220,20 @@ def test_tracked_model_is_published_from_mlflow(
         json.loads(artifact.model_dump_json())["files"][0]["sha256"]
         == hub.repos["alice/ring"].files["pytorch_lora_weights.safetensors"].sha256
     )
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [({}, "This is a full fine-tune of"), ({"layer_freeze_strategy": "bitfit"}, "This is a fine-tune of all biases")],
+)
+def test_the_card_of_a_pipeline_says_what_was_trained(tmp_path: Path, more: dict[str, str], said: str) -> None:
+    ref = ModelRef(family="sdxl", path=BASE)
+    training = TrainSection.model_validate({"model": ref, "model_type": "full", "datasets": (), **more}).to_json()
+    model = make_model(tmp_path / "model", "full")
+    push_to_hub(
+        section("full", push=False, training=training), model, make_evaluation(tmp_path / "e"), tmp_path / "out"
+    )
+    card = (tmp_path / "out" / "hub" / "README.md").read_text()
+    assert said in card
+    assert "StableDiffusionXLPipeline.from_pretrained(" in card
+    assert "load_lora_weights" not in card

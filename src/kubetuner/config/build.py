@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kubetuner.config.adapters import LORA_KEYS, read_adapter
+from kubetuner.config.attention import HALF_ONLY, WITHOUT_MASKS
 from kubetuner.config.data import Data
 from kubetuner.config.keys import Values
 from kubetuner.config.models import OUTLINES, FamilyOutline
@@ -16,7 +18,6 @@ from kubetuner.config.sections import (
     EvaluateSection,
     FamilyName,
     FlowSchedule,
-    LoraSettings,
     ModelRef,
     ModelType,
     PushSection,
@@ -29,7 +30,6 @@ from kubetuner.errors import Problem
 DEFAULT_JUDGE = "openai/clip-vit-large-patch14-336"
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_init_type", "peft_lora_target_modules", "lora_type")
 _SANA_KEYS = (
     "flow_schedule_shift", "flow_sigmoid_scale", "flow_use_uniform_schedule", "sana_complex_human_instruction",
 )  # fmt: skip
@@ -37,8 +37,9 @@ _TRAIN_KEYS = (
     "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "optimizer",
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "learning_rate", "lr_scheduler", "lr_warmup_steps",
     "lr_end", "lr_power", "grad_clip_method", "caption_dropout_probability", "disable_segmented_timestep_sampling",
-    "seed",    "checkpoint_step_interval", "checkpoints_total_limit", "resume_from_checkpoint", "log_step_interval",
-    "data_backend_sampling",
+    "seed", "checkpoint_step_interval", "checkpoints_total_limit", "resume_from_checkpoint", "log_step_interval",
+    "data_backend_sampling", "layer_freeze_strategy",
+    "gradient_checkpointing_interval", "attention_mechanism", "base_model_precision",
 )  # fmt: skip
 
 
@@ -93,7 +94,9 @@ def _refuse_foreign(values: Values, family: str, model_type: str, where: str, pr
         problems.extend(Problem(f"{where}.{name}", f"{reason}; remove it.") for name in names if name in values)
 
     if model_type == "full":
-        refuse(_LORA_KEYS, "has no effect with model_type full")
+        refuse(LORA_KEYS, "has no effect with model_type full")
+    elif values.text("layer_freeze_strategy") == "bitfit":
+        refuse(("layer_freeze_strategy",), "has no effect with model_type lora, which freezes the whole base")
     if family != "sana":
         refuse(_SANA_KEYS, f"has no effect with model_family {family}, which trains no flow and takes no instruction")
     else:
@@ -136,7 +139,7 @@ def _model_path(values: Values, outline: FamilyOutline, where: str, problems: li
 def build_sections(base: Base, data: Data, where: str, cwd: Path, problems: list[Problem]) -> Sections | None:
     """All sections; ``None`` when there are problems."""
     values = base.values
-    train = _train(base, data, where, problems)
+    train = _train(base, data, where, cwd, problems)
     evaluate = _evaluate(base, data, where, cwd, problems)
     push = _push(base, train, where, problems)
     if problems:
@@ -170,7 +173,7 @@ def build_sections(base: Base, data: Data, where: str, cwd: Path, problems: list
     )
 
 
-def _train(base: Base, data: Data, where: str, problems: list[Problem]) -> TrainSection:
+def _train(base: Base, data: Data, where: str, cwd: Path, problems: list[Problem]) -> TrainSection:
     values = base.values
     steps = values.integer("max_train_steps", 0)
     epochs = values.integer("num_train_epochs", 0 if "max_train_steps" in values else 1)
@@ -181,23 +184,11 @@ def _train(base: Base, data: Data, where: str, problems: list[Problem]) -> Train
         problems.append(
             Problem(f"{where}.max_train_steps", "is 0 and so is num_train_epochs; set one of them above 0.")
         )
-    lora = None
-    if base.model_type == "lora":
-        rank = values.integer("lora_rank", 16)
-        lora = LoraSettings.model_validate(
-            {
-                "rank": rank,
-                "alpha": values.number("lora_alpha", float(rank)),
-                "dropout": values.number("lora_dropout", 0.1),
-                "init_type": values.text("lora_init_type", "default"),
-                "target_modules": values.texts("peft_lora_target_modules"),
-            }
-        )
     train = TrainSection.model_validate(
         {
             "model": base.model,
             "model_type": base.model_type,
-            "lora": lora,
+            "lora": read_adapter(values, where, cwd, problems) if base.model_type == "lora" else None,
             "datasets": tuple(entry.sampling for entry in data.of("image")),
             "max_train_steps": steps,
             "num_train_epochs": epochs,
@@ -207,6 +198,7 @@ def _train(base: Base, data: Data, where: str, problems: list[Problem]) -> Train
         }
     )
     _check_schedule(train, values, where, problems)
+    _check_machinery(train, where, problems)
     _check_stages(train, data, problems)
     return train
 
@@ -224,6 +216,36 @@ def _check_schedule(train: TrainSection, values: Values, where: str, problems: l
     for name in ("adam_beta1", "adam_beta2"):
         if values.number(name, 0.0) >= 1:
             problems.append(Problem(f"{where}.{name}", "is 1; expected a number below 1."))
+
+
+def _check_machinery(train: TrainSection, where: str, problems: list[Problem]) -> None:
+    """How the network is run: what has no effect, and what the kernels of attention ask for."""
+    if train.gradient_checkpointing_interval > 1 and not train.gradient_checkpointing:
+        message = f"is {train.gradient_checkpointing_interval} and gradient_checkpointing is false; remove one of them."
+        problems.append(Problem(f"{where}.gradient_checkpointing_interval", message))
+    mechanism, place = train.attention_mechanism, f"{where}.attention_mechanism"
+    if train.model.family == "sana" and mechanism in WITHOUT_MASKS:
+        message = "has no effect for sana, whose self-attention is linear and whose other attention has a mask"
+        problems.append(Problem(place, f"is {mechanism!r}, which {message}; use 'diffusers'."))
+    elif mechanism in HALF_ONLY and train.mixed_precision == "no":
+        problems.append(Problem(place, f"is {mechanism!r}, which needs mixed_precision 'bf16'."))
+    if train.base_model_precision != "no_change" and (reason := _unroundable(train)):
+        message = f"is {train.base_model_precision!r}, {reason}; use 'no_change'."
+        problems.append(Problem(f"{where}.base_model_precision", message))
+
+
+def _unroundable(train: TrainSection) -> str:
+    """Why the base's weights cannot be rounded, or an empty text."""
+    adapter = train.lora
+    if adapter is None:
+        return "and model_type full trains and saves the very weights that would be rounded"
+    if adapter.use_dora:
+        return "and use_dora trains the magnitudes of the very weights that would be rounded"
+    if adapter.init_type in ("olora", "pissa"):
+        return f"and lora_init_type {adapter.init_type} takes its start out of the weights, which cannot be rounded yet"
+    if adapter.algorithm != "lora" and train.base_model_precision == "nf4-bnb":
+        return f"whose weights are packed in pairs, so that PEFT's {adapter.title} does not see their shape"
+    return ""
 
 
 def _check_stages(train: TrainSection, data: Data, problems: list[Problem]) -> None:

@@ -50,6 +50,7 @@ class Key:
         high: Largest number allowed.
         above: Numbers must be larger than this.
         later: Choices that SimpleTuner has and that are not available yet.
+        refused: Choices that SimpleTuner has and that make no sense here, with the reason.
         nullable: Whether ``null`` means "not set"; ``null`` then counts as absent.
     """
 
@@ -59,6 +60,7 @@ class Key:
     high: float | None = None
     above: float | None = None
     later: frozenset[str] = frozenset()
+    refused: Mapping[str, str] = field(default_factory=dict)
     nullable: bool = True
 
 
@@ -306,6 +308,8 @@ def _check_text(rule: Key, value: object) -> Value:
     if rule.choices:
         if value in rule.later:
             raise _RefusedError(f"is {value!r}, which is not available yet; use {_expected(rule)}.")
+        if value in rule.refused:
+            raise _RefusedError(f"is {value!r}: {rule.refused[value]} Use {_expected(rule)}.")
         if value not in rule.choices:
             raise _RefusedError(f"is {value!r}; expected {_expected(rule)}.")
         return rule.choices[value]

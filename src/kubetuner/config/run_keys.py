@@ -6,12 +6,15 @@ Defaults are the sections' own. Where they differ from SimpleTuner's:
   with stochastic rounding, so it cannot be compared with a float32 run; plain AdamW on float32 weights can.
 * ``grad_clip_method`` is ``norm``: clipping by value bends the gradient's direction.
 * ``max_grad_norm`` is 0.01 for PixArt only while it is not set; a set value is used as it stands.
+* ``lora_dropout`` is 0 for ``olora`` and ``pissa`` while it is not set: it would drop a part of the base's own weights.
 * ``num_train_epochs`` is 1 only while ``max_train_steps`` is not set.
 * ``vae_cache_moments`` is ours. SimpleTuner stores one sample of the VAE's distribution and shows it in every epoch;
   with the moments each epoch draws another. It is off because it doubles the bytes of latents.
 * ``seed`` is 42, so that two runs agree; ``validation_resolution`` is 1024x1024; the negative prompt is empty.
 """
 
+from kubetuner.config import attention, precision
+from kubetuner.config.adapters import LOFTQ
 from kubetuner.config.keys import Alias, Key, Rule, Schema, Unneeded, one_of
 from kubetuner.config.later_keys import FOREIGN, LATER, OPTIMIZERS
 
@@ -23,13 +26,22 @@ MODEL_RULES: dict[str, Rule] = {
     "pretrained_vae_model_name_or_path": Key("str"),
     "revision": Key("str"),
     "variant": Key("str"),
-    "lora_type": Key("str", one_of("standard"), later=frozenset({"lycoris"})),
+    "lora_type": Key("str", one_of("standard", "lycoris")),
     "lora_rank": Key("int", low=1),
     "lora_alpha": Key("float", above=0),
     "lora_dropout": Key("float", low=0, high=1),
-    "lora_init_type": Key("str", one_of("default", "gaussian"), later=frozenset({"loftq", "olora", "pissa"})),
+    "lora_init_type": Key("str", one_of("default", "gaussian", "olora", "pissa"), refused={"loftq": LOFTQ}),
     "peft_lora_target_modules": Key("texts"),
+    "use_dora": Key("bool"),
+    "init_lora": Key("str"),
+    "lycoris_config": Key("json"),
+    "layer_freeze_strategy": Key("str", one_of("none", "bitfit")),
     "gradient_checkpointing": Key("bool"),
+    "gradient_checkpointing_interval": Key("int", low=1),
+    "base_model_precision": Key("str", one_of(*precision.PRECISIONS), later=precision.LATER, refused=precision.REFUSED),
+    "attention_mechanism": Key(
+        "str", one_of(*attention.MECHANISMS), later=frozenset({"flex"}), refused=attention.REFUSED
+    ),
     "flow_schedule_shift": Key("float", above=0),
     "flow_sigmoid_scale": Key("float", above=0),
     "flow_use_uniform_schedule": Key("bool"),

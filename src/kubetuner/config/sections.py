@@ -13,6 +13,8 @@ from kubetuner.config.source_sections import DownloadSection
 
 FamilyName = Literal["pixart_sigma", "sdxl", "sana"]
 ModelType = Literal["full", "lora"]
+FULL_MATRIX_RANK = 10000
+"""A LoKr's ``linear_dim`` by which LyCORIS users mean blocks without decomposition: larger than any block."""
 
 
 class ModelRef(Section):
@@ -149,21 +151,53 @@ class CacheTextSection(Section):
 
 
 class LoraSettings(Section):
-    """``model_type: lora``.
+    """``model_type: lora``; for LoKr and LoHa the values come from ``lycoris_config``.
 
     Attributes:
-        rank: ``lora_rank``.
-        alpha: ``lora_alpha``; equals ``rank`` unless set.
-        dropout: ``lora_dropout`` in 0..1.
-        init_type: ``lora_init_type``.
-        target_modules: ``peft_lora_target_modules``; empty for the family's own.
+        algorithm: ``lora`` (``lora_type: standard``), or ``lokr`` or ``loha`` (``lora_type: lycoris``).
+        rank: ``lora_rank``, or ``linear_dim``.
+        alpha: ``lora_alpha``, or ``linear_alpha``; equals ``rank`` unless set.
+        dropout: ``lora_dropout`` in 0..1: share of a LoRA's inputs that is left out.
+        init_type: ``lora_init_type``; ``olora`` and ``pissa`` start from a factorisation of the base's weights.
+        use_dora: A LoRA whose weights' magnitude is trained apart from their direction.
+        target_modules: ``peft_lora_target_modules``: names of layers; empty for the family's own.
+        target_classes: ``target_module`` of a LyCORIS preset: all layers inside modules of these classes.
+        factor: LoKr's ``factor``: the largest edge of its first block; -1 for as square as possible.
+        decompose_both: LoKr's: the first block is of low rank too.
+        tucker: ``use_tucker``: convolutions are decomposed along their kernel too.
+        rank_dropout: Share in 0..1 of output rows that is left out.
+        module_dropout: Share in 0..1 of layers whose adapter is left out.
+        init_lora: Adapter to start from: a folder, or a ``.safetensors`` file of diffusers' kind; empty for none.
+        init_lora_revision: Hash of its contents; resolved by ``plan``.
     """
 
+    algorithm: Literal["lora", "lokr", "loha"] = "lora"
     rank: int = 16
     alpha: float = 16.0
     dropout: float = 0.1
-    init_type: Literal["default", "gaussian"] = "default"
+    init_type: Literal["default", "gaussian", "olora", "pissa"] = "default"
+    use_dora: bool = False
     target_modules: tuple[str, ...] = ()
+    target_classes: tuple[str, ...] = ()
+    factor: int = -1
+    decompose_both: bool = False
+    tucker: bool = False
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    init_lora: str = ""
+    init_lora_revision: str = ""
+
+    @property
+    def full_rank(self) -> bool:
+        """Whether a LoKr's blocks are not decomposed."""
+        return self.rank >= FULL_MATRIX_RANK
+
+    @property
+    def title(self) -> str:
+        """What people call it: ``LoRA``, ``DoRA``, ``LoKr`` or ``LoHa``."""
+        if self.use_dora:
+            return "DoRA"
+        return {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}[self.algorithm]
 
 
 class DatasetSampling(Section):
@@ -203,6 +237,10 @@ class TrainSection(Section):
     """Settings of ``train``.
 
     Attributes:
+        layer_freeze_strategy: ``bitfit`` trains the biases only (``model_type: full``).
+        gradient_checkpointing_interval: Every n-th block's activations are computed again instead of being kept.
+        attention_mechanism: Kernel of softmax attention; see :mod:`kubetuner.config.attention`.
+        base_model_precision: How the frozen base's linear layers are stored; see :mod:`kubetuner.config.precision`.
         max_train_steps: Optimizer steps; exactly one of this and ``num_train_epochs`` is above 0.
         grad_clip_method: ``norm`` or ``value``; ``max_grad_norm`` 0 turns clipping off.
         checkpoint_step_interval: Optimizer steps between checkpoints; 0 for the end only.
@@ -218,6 +256,7 @@ class TrainSection(Section):
     model: ModelRef
     model_type: ModelType
     lora: LoraSettings | None = None
+    layer_freeze_strategy: Literal["none", "bitfit"] = "none"
     datasets: tuple[DatasetSampling, ...]
     data_backend_sampling: Literal["auto-weighting", "uniform"] = "auto-weighting"
     max_train_steps: int = 0
@@ -225,6 +264,9 @@ class TrainSection(Section):
     train_batch_size: int = 4
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = True
+    gradient_checkpointing_interval: int = 1
+    attention_mechanism: str = "diffusers"
+    base_model_precision: str = "no_change"
     mixed_precision: Literal["no", "bf16"] = "bf16"
     optimizer: Literal["torch-adamw"] = "torch-adamw"
     adam_beta1: float = 0.9
@@ -246,6 +288,13 @@ class TrainSection(Section):
     checkpoints_total_limit: int = 5
     resume_from_checkpoint: str = "latest"
     log_step_interval: int = 1
+
+    @property
+    def frozen_in_bf16(self) -> bool:
+        """Whether the frozen base is held in bfloat16; see ``kubetuner.training.denoiser``."""
+        if self.lora is None or self.lora.init_type in ("olora", "pissa"):
+            return False
+        return self.mixed_precision == "bf16"
 
 
 class Prompt(Section):

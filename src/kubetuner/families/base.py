@@ -27,6 +27,7 @@ class FamilyFacts:
         name: ``model_family``.
         denoiser: Subfolder and pipeline attribute of the trained model: ``transformer`` or ``unet``.
         lora_targets: Default ``target_modules``.
+        pipeline_loads_lora: Whether the diffusers pipeline has ``load_lora_weights``.
         text_tensors: Names of the cached text tensors of one caption.
         trims_text: Whether cached sequences are trimmed to their mask (not for CLIP).
         license: Hub licence id for the model card.
@@ -36,6 +37,7 @@ class FamilyFacts:
     name: str
     denoiser: str
     lora_targets: tuple[str, ...]
+    pipeline_loads_lora: bool
     text_tensors: tuple[str, ...]
     trims_text: bool
     license: str
@@ -104,17 +106,17 @@ class Family(Protocol):
         ...
 
     def add_adapter(self, denoiser: nn.Module, settings: LoraSettings) -> nn.Module:
-        """The denoiser, in place, with a fresh LoRA that alone is trainable; float32 whatever the base's dtype.
+        """The denoiser, in place, with an adapter that alone is trainable; float32 whatever the base's dtype.
 
         Raises:
-            InputError: A target module names no layer.
+            InputError: A target names no layer, a layer cannot have this adapter, or ``init_lora`` does not fit.
         """
         ...
 
     def save_adapter(self, folder: Path, denoiser: nn.Module) -> None:
-        """Write the LoRA so that stock diffusers (PEFT for PixArt) loads it, with its rank and alpha."""
+        """Write the adapter with its rank and alpha: a LoRA file where stock diffusers loads it, or a PEFT folder."""
         ...
 
     def load_adapter(self, denoiser: nn.Module, folder: Path) -> nn.Module:
-        """The denoiser with the saved LoRA applied."""
+        """The denoiser with the saved adapter applied."""
         ...

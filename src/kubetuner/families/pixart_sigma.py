@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kubetuner.artifacts import LatentRow
 from kubetuner.config.sections import CacheTextSection, EvaluateSection, FlowSchedule, LoraSettings, ModelRef
 from kubetuner.diffusion.epsilon import EpsilonProcess
-from kubetuner.families import loading, lora
+from kubetuner.families import adapters, loading
 from kubetuner.families.autoencoders import encode_kl, kl_latent_shape, kl_moments
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
@@ -28,6 +28,7 @@ class PixArtSigma:
         name="pixart_sigma",
         denoiser="transformer",
         lora_targets=("to_k", "to_q", "to_v", "to_out.0"),
+        pipeline_loads_lora=False,
         text_tensors=("embeds",),
         trims_text=True,
         license="openrail++",
@@ -127,15 +128,15 @@ class PixArtSigma:
 
     def add_adapter(self, denoiser: nn.Module, settings: LoraSettings) -> nn.Module:
         """See :class:`~kubetuner.families.base.Family`."""
-        return lora.add_lora(denoiser, settings, self.facts.lora_targets)
+        return adapters.add_adapter(denoiser, settings, self.facts)
 
     def save_adapter(self, folder: Path, denoiser: nn.Module) -> None:
-        """A PEFT folder: diffusers has no LoRA loader for PixArt."""
-        lora.save_peft_folder(folder, denoiser)
+        """See :class:`~kubetuner.families.base.Family`."""
+        adapters.save_adapter(folder, denoiser, self.facts)
 
     def load_adapter(self, denoiser: nn.Module, folder: Path) -> nn.Module:
         """See :class:`~kubetuner.families.base.Family`."""
-        return lora.load_peft_folder(denoiser, folder)
+        return adapters.load_adapter(denoiser, folder, self.facts)
 
 
 def prepare(texts: Sequence[str], clean: bool) -> list[str]:

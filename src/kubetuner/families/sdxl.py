@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kubetuner.artifacts import LatentRow
 from kubetuner.config.sections import CacheTextSection, EvaluateSection, FlowSchedule, LoraSettings, ModelRef
 from kubetuner.diffusion.epsilon import EpsilonProcess
-from kubetuner.families import loading, lora
+from kubetuner.families import adapters, loading
 from kubetuner.families.autoencoders import encode_kl, kl_latent_shape, kl_moments
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
@@ -42,6 +42,7 @@ class Sdxl:
         name="sdxl",
         denoiser="unet",
         lora_targets=("to_k", "to_q", "to_v", "to_out.0"),
+        pipeline_loads_lora=True,
         text_tensors=("embeds", "pooled"),
         trims_text=False,
         license="openrail++",
@@ -146,15 +147,15 @@ class Sdxl:
 
     def add_adapter(self, denoiser: nn.Module, settings: LoraSettings) -> nn.Module:
         """See :class:`~kubetuner.families.base.Family`."""
-        return lora.add_lora(denoiser, settings, self.facts.lora_targets)
+        return adapters.add_adapter(denoiser, settings, self.facts)
 
     def save_adapter(self, folder: Path, denoiser: nn.Module) -> None:
-        """``pytorch_lora_weights.safetensors`` for ``load_lora_weights``."""
-        lora.save_diffusers_file(folder, denoiser, "unet")
+        """See :class:`~kubetuner.families.base.Family`."""
+        adapters.save_adapter(folder, denoiser, self.facts)
 
     def load_adapter(self, denoiser: nn.Module, folder: Path) -> nn.Module:
         """See :class:`~kubetuner.families.base.Family`."""
-        return lora.load_diffusers_file(denoiser, folder, "unet")
+        return adapters.load_adapter(denoiser, folder, self.facts)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from importlib.resources import files
 from typing import Literal
 
 from kubetuner.artifacts import EvaluationArtifact, ModelArtifact, ValidationImage
-from kubetuner.config.sections import PushSection
+from kubetuner.config.sections import LoraSettings, PushSection
 from kubetuner.families.base import FamilyFacts
 
 Usage = Literal["pipeline", "lora", "peft"]
@@ -29,6 +29,7 @@ _TRAINING = {
     "optimizer": "Optimizer",
     "adam_weight_decay": "Weight decay",
     "mixed_precision": "Mixed precision",
+    "base_model_precision": "Base model precision",
     "caption_dropout_probability": "Caption dropout probability",
     "seed": "Seed",
 }
@@ -39,6 +40,9 @@ _LORA = {
     "init_type": "LoRA initialisation",
     "target_modules": "LoRA target modules",
 }
+_LYCORIS = {"rank": "Rank", "alpha": "Alpha", "rank_dropout": "Rank dropout", "module_dropout": "Module dropout"}
+_LYCORIS_TARGETS = {"target_classes": "Target module classes"}
+_LOKR = {"factor": "Factor", "decompose_both": "Both blocks decomposed"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
@@ -84,6 +88,7 @@ def render_card(
         gallery=gallery,
         validation=_validation(evaluation),
         training=_training(section, model),
+        kind=_kind(json.loads(section.training), model),
         usage=usage,
     )
 
@@ -136,10 +141,28 @@ def _training(section: PushSection, model: ModelArtifact) -> list[tuple[str, str
     if isinstance(micro, int) and isinstance(accumulated, int):
         rows.append(("Effective batch size", str(micro * accumulated)))
     if isinstance(settings.get("lora"), dict):
-        rows += _chosen(settings["lora"], _LORA)
+        rows += _adapter(settings["lora"])
     datasets = [entry for entry in settings.get("datasets", ()) if isinstance(entry, dict)]
     rows += [(f"Dataset {entry.get('id')}", f"{entry.get('repeats', 0)} repeats") for entry in datasets]
     return rows
+
+
+def _adapter(settings: Mapping[str, object]) -> list[tuple[str, str]]:
+    adapter = LoraSettings.model_validate(settings)
+    if adapter.algorithm == "lora":
+        return [("Adapter", adapter.title), *_chosen(settings, _LORA)]
+    names = _LYCORIS | (_LOKR if adapter.algorithm == "lokr" else {}) | _LYCORIS_TARGETS
+    return [("Adapter", adapter.title), *_chosen(settings, names)]
+
+
+def _kind(settings: Mapping[str, object], model: ModelArtifact) -> str:
+    """What the model is, before "of" or "for" its base."""
+    if model.model_type == "lora":
+        lora = settings.get("lora")
+        return f"{LoraSettings.model_validate(lora).title if isinstance(lora, dict) else 'LoRA'} adapter for"
+    if settings.get("layer_freeze_strategy") == "bitfit":
+        return "fine-tune of all biases (BitFit) of"
+    return "full fine-tune of"
 
 
 def _chosen(settings: Mapping[str, object], names: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kubetuner.config.caption_sections import DatasetCaptions
 from kubetuner.config.models import OUTLINES
+from kubetuner.config.precision import BYTES
 from kubetuner.config.sections import ModelRef, Sections
 from kubetuner.steps.plan_datasets import Measured
 
@@ -47,10 +48,13 @@ def estimate(sections: Sections, measured: Sequence[Measured]) -> Costs:
     )
     texts = sum(one.samples * _variants(one.entry.captions) for one in measured) + 1
     parameters = _parameters(model)
-    if sections.train.model_type == "full":
+    if sections.train.layer_freeze_strategy == "bitfit":
+        memory = parameters * _BYTES["fp32"]
+    elif sections.train.model_type == "full":
         memory = parameters * _FULL_BYTES
     else:
-        memory = parameters * _BYTES[sections.train.mixed_precision]
+        whole = _BYTES["bf16" if sections.train.frozen_in_bf16 else "fp32"]
+        memory = int(parameters * BYTES.get(sections.train.base_model_precision, whole))
     return Costs(
         latents_bytes=floats * _BYTES[sections.cache_vae.dtype] * (2 if sections.cache_vae.vae_cache_moments else 1),
         text_embeds_bytes=texts * _text_floats(model) * _BYTES[sections.cache_text_embeds.dtype],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kubetuner.artifacts import canonical_json, sha256_of
-from kubetuner.config.sections import ModelRef, Sections
+from kubetuner.config.sections import LoraSettings, ModelRef, Sections
 from kubetuner.errors import Problem
 
 _TEXT_FOLDERS = ("text_encoder", "tokenizer")
@@ -36,7 +36,8 @@ def resolve_models(sections: Sections, cwd: Path, problems: list[Problem]) -> Se
         vae_revision=_vae_revision(base, vae_path, vae_local),
         text_revision=_text_revision(Path(path), base) if local else "",
     )
-    train = sections.train.model_copy(update={"model": model})
+    lora = _resolve_start(sections.train.lora, models)
+    train = sections.train.model_copy(update={"model": model, "lora": lora})
     # A cache step is told of its own part alone, so that Kubeflow repeats it when that part changes and only then.
     whole = {"revision": ""} if local else {}
     vae_model = model.model_copy(update={"text_revision": "", **whole})
@@ -77,6 +78,22 @@ class _Models:
             message = f"{folder} is not a folder; expected a folder or a hub id namespace/name."
             self.problems.append(Problem(f"config.json.{key}", message))
         return name, False
+
+
+def _resolve_start(lora: LoraSettings | None, models: _Models) -> LoraSettings | None:
+    """``init_lora`` as an absolute path with the hash of its contents."""
+    if lora is None or not lora.init_lora:
+        return lora
+    path = (models.cwd / lora.init_lora).expanduser()
+    if path.is_dir():
+        revision = folder_revision(path)
+    elif path.is_file():
+        revision = sha256_of(path)
+    else:
+        message = f"{path} does not exist; expected an adapter's folder or its .safetensors file (not a hub id)."
+        models.problems.append(Problem("config.json.init_lora", message))
+        return lora
+    return lora.model_copy(update={"init_lora": str(path.resolve()), "init_lora_revision": revision})
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from kubetuner.config.load import RunConfig
 from kubetuner.config.schedule import stages, weights
-from kubetuner.config.sections import Sections
+from kubetuner.config.sections import Sections, TrainSection
 from kubetuner.errors import on_one_line
 from kubetuner.steps.plan_costs import Costs
 from kubetuner.steps.plan_datasets import Measured, drawn_per_epoch, kept_buckets
@@ -50,7 +50,7 @@ def _model(sections: Sections, epoch: int, costs: Costs) -> str:
     train = sections.train
     steps = train.max_train_steps or train.num_train_epochs * epoch
     batch = train.train_batch_size * train.gradient_accumulation_steps
-    kind = f"LoRA of rank {train.lora.rank}" if train.lora else "full fine-tune"
+    kind = _kind(train)
     rows = [
         ("model", f"`{train.model.path}` ({train.model.family})"),
         ("revision", f"`{train.model.revision[:12] or 'newest'}`"),
@@ -62,6 +62,12 @@ def _model(sections: Sections, epoch: int, costs: Costs) -> str:
         ("memory", f"{amount(costs.training_memory_bytes)} for weights and optimizer; activations come on top"),
     ]
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows)
+
+
+def _kind(train: TrainSection) -> str:
+    if train.lora is None:
+        return "biases only (BitFit)" if train.layer_freeze_strategy == "bitfit" else "full fine-tune"
+    return f"{train.lora.title} " + ("of full rank" if train.lora.full_rank else f"of rank {train.lora.rank}")
 
 
 def _datasets(sections: Sections, measured: Sequence[Measured]) -> str:

@@ -6,7 +6,7 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from kubetuner.artifacts import (
     ARTIFACT_FILE,
@@ -24,24 +24,20 @@ from kubetuner.artifacts import (
 from kubetuner.config.sections import TrainSection
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from kubetuner.families import Family
     from kubetuner.tracking import Run
     from kubetuner.training.checkpoints import LossPoint
     from kubetuner.training.loop import Job
 
 PIPELINE_FOLDER = "pipeline"
 _TRACKED_PARAMS = (
-    "model_type", "max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps",
-    "mixed_precision", "optimizer", "learning_rate", "lr_scheduler", "lr_warmup_steps", "max_grad_norm",
-    "grad_clip_method", "caption_dropout_probability", "seed",
+    "model_type", "layer_freeze_strategy", "max_train_steps", "num_train_epochs", "train_batch_size",
+    "gradient_accumulation_steps", "mixed_precision", "base_model_precision", "optimizer", "learning_rate",
+    "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "grad_clip_method", "caption_dropout_probability", "seed",
 )  # fmt: skip
 
 
 def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[Path], out: Path) -> ModelArtifact:
-    """Train and save a pipeline (full, in ``out/pipeline``) or an adapter (lora, in ``out``).
+    """Train and save a pipeline (full, BitFit too, in ``out/pipeline``) or an adapter (lora, in ``out``).
 
     Goes on from the latest complete checkpoint of the same settings and inputs. Checkpoints are in the folder
     ``KUBETUNER_CHECKPOINTS``, or else in ``out/checkpoints``, and are removed when the model is complete.
@@ -100,6 +96,7 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
 
     from kubetuner.data.batches import Batches
     from kubetuner.families import load_family
+    from kubetuner.training.denoiser import prepare_denoiser
     from kubetuner.training.loop import Job
     from kubetuner.training.objective import Objective
 
@@ -114,30 +111,13 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
     regularising = frozenset(dataset.id for dataset in section.datasets if dataset.is_regularisation_data)
     return Job(
         section=section,
-        denoiser=_denoiser(section, family, device),
+        denoiser=prepare_denoiser(section, family, device),
         objective=Objective(family, process, batches.null, section.seed, bf16, regularising),
         batches=batches,
         epochs=batches.epochs,
         total_steps=_total_steps(section, batches.batches_per_epoch),
         device=device,
     )
-
-
-def _denoiser(section: TrainSection, family: "Family", device: "torch.device") -> "nn.Module":
-    """The network with its trainable parameters in float32; under a bf16 LoRA the frozen base is bf16."""
-    import torch
-
-    from kubetuner.training.randomness import derive_seed
-
-    bf16_base = section.lora is not None and section.mixed_precision == "bf16"
-    dtype = torch.bfloat16 if bf16_base else torch.float32
-    denoiser = family.load_denoiser(section.model, device, dtype)
-    if section.gradient_checkpointing:
-        cast(Any, denoiser).enable_gradient_checkpointing()
-    if section.lora is None:
-        return denoiser.requires_grad_(True)
-    torch.manual_seed(derive_seed(section.seed, "adapter", 0, 0))
-    return family.add_adapter(denoiser, section.lora)
 
 
 def _total_steps(section: TrainSection, batches_per_epoch: int) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kubetuner.errors import TrainingError
+from kubetuner.training.denoiser import load_base
 from kubetuner.training.loop import Job
 from kubetuner.training.objective import Question
 
@@ -39,8 +40,7 @@ def save_adapter(job: Job, folder: Path) -> None:
     question = job.question(0, 0).on(job.device)
     trained = _predict(job, job.denoiser, question)
     family.save_adapter(folder, job.denoiser)
-    dtype = next(value.dtype for value in job.denoiser.parameters() if not value.requires_grad)
-    fresh = family.load_denoiser(job.section.model, job.device, dtype)
+    fresh = load_base(job.section, family, job.device)
     base = _predict(job, fresh, question)
     loaded = _predict(job, family.load_adapter(fresh, folder), question)
     difference, effect = (trained - loaded).norm(), (trained - base).norm()

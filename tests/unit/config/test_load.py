@@ -34,6 +34,9 @@ SANA = {
 }
 
 
+LOKR = {"lora_type": "lycoris", "lycoris_config": {"algo": "lokr", "linear_dim": 8}}
+
+
 def camera(family):
     return [
         {
@@ -195,22 +198,25 @@ def test_accepted_keys(key, value, read, monkeypatch) -> None:
         ("train_batch_size", 0, "at least 1"),
         ("learning_rate", float("nan"), "a number above 0"),
         ("caption_dropout_probability", 1.5, "at most 1"),
-        ("use_bitfit", True, "not available yet"),
-        ("use_bitfit", "False", "not available yet"),
+        ("use_bitfit", 1, "expected 'none' or 'bitfit'"),
+        ("use_bitfit", "False", "expected 'none' or 'bitfit'"),
         ("use_ema", True, "not available yet"),
         ("use_ema", "False", "not available yet"),
-        ("base_model_precision", "int8-quanto", "not available yet"),
+        ("base_model_precision", "int8-quanto", "model_type full trains and saves the very weights"),
+        ("base_model_precision", "int4-quanto", "not available yet"),
+        ("base_model_precision", "fp8-quanto", "SimpleTuner refuses it"),
         ("text_encoder_1_precision", "int8-quanto", "not available yet"),
         ("optimizer", "optimi-lion", "not available yet"),
         ("optimizer", "adamw_bf16", "not available yet"),
         ("optimizer", "nonsense", "expected 'torch-adamw' or 'adamw'"),
-        ("use_dora", True, "not available yet"),
+        ("use_dora", True, "no effect with model_type full"),
         ("snr_gamma", 5, "not available yet"),
         ("offset_noise", True, "not available yet"),
         ("validation_preview", True, "not available yet"),
-        ("attention_mechanism", "xformers", "not available yet"),
+        ("attention_mechanism", "sageattention", "no backward pass"),
+        ("attention_mechanism", "flex", "not available yet"),
         ("vae_cache_disable", True, "not available yet"),
-        ("gradient_checkpointing_interval", 2, "not available yet"),
+        ("gradient_checkpointing_interval", 0, "at least 1"),
         ("report_to", "wandb", "not available yet"),
         ("mixed_precision", "fp16", "not available yet"),
         ("validation_steps", 100, "not available yet"),
@@ -248,6 +254,8 @@ def test_refused_keys(key, value, message) -> None:
         ({"max_train_steps": 0}, "max_train_steps"),
         ({"max_train_steps": 5, "lr_warmup_steps": 6}, "lr_warmup_steps"),
         ({"lr_scheduler": "polynomial", "lr_end": 4e-7}, "lr_end"),
+        ({"gradient_checkpointing": False, "gradient_checkpointing_interval": 2}, "gradient_checkpointing_interval"),
+        ({"attention_mechanism": "flash-attn-2", "mixed_precision": "no"}, "attention_mechanism"),
         ({"push_to_hub": True}, "hub_model_id"),
         ({"evaluation_type": "clip"}, "evaluation_type"),
         ({"pretrained_evaluation_model_name_or_path": "x"}, "pretrained_evaluation_model_name_or_path"),
@@ -262,13 +270,25 @@ def test_keys_that_disagree(extra, where) -> None:
 @pytest.mark.parametrize(
     ("extra", "where"),
     [
-        ({"lora_type": "lycoris"}, "lora_type"),
+        ({"lora_type": "lycoris"}, "lycoris_config"),
+        ({"lycoris_config": {"algo": "lokr"}}, "lycoris_config"),
         ({"tokenizer_max_length": 77}, "tokenizer_max_length"),
-        ({"lora_init_type": "pissa"}, "lora_init_type"),
+        ({"lora_init_type": "loftq"}, "lora_init_type"),
+        ({"lora_init_type": "pissa", "use_dora": True}, "lora_init_type"),
+        ({"lora_init_type": "pissa", "init_lora": "x"}, "lora_init_type"),
+        ({"layer_freeze_strategy": "bitfit"}, "layer_freeze_strategy"),
+        ({"base_model_precision": "int8-torchao", "use_dora": True}, "base_model_precision"),
+        ({"base_model_precision": "int8-torchao", "lora_init_type": "olora"}, "base_model_precision"),
+        ({"base_model_precision": "nf4-bnb", **LOKR}, "base_model_precision"),
     ],
 )
 def test_lora_refusals(extra, where) -> None:
     assert list(problems_of({**SDXL, **extra}, camera("sdxl"))) == [f"config.json.{where}"]
+
+
+def test_a_kernel_that_sana_would_not_use_is_refused() -> None:
+    found = problems_of({**SANA, "attention_mechanism": "flash-attn-2"}, sana_data())
+    assert "self-attention is linear" in found["config.json.attention_mechanism"]
 
 
 def test_all_problems_at_once() -> None:

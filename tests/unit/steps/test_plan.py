@@ -3,6 +3,7 @@ import os
 import pytest
 from PIL import Image
 
+from kubetuner.config.precision import missing_library
 from kubetuner.errors import ConfigError
 from kubetuner.steps.plan import make_plan
 
@@ -111,3 +112,62 @@ def test_alignment_fits_the_autoencoder(tmp_path) -> None:
     pictures(tmp_path / "a", *[(128, 128)] * 2)
     found = refusal({**CONFIG, "model_family": "sana"}, [entry(aspect_bucket_alignment=8)], tmp_path)
     assert "multiple of 32" in found["multidatabackend.json[0].aspect_bucket_alignment"]
+
+
+def test_an_adapter_to_start_from_is_found_and_hashed(tmp_path) -> None:
+    pictures(tmp_path / "a", *[(128, 128)] * 4)
+    config = {**CONFIG, "model_type": "lora", "init_lora": "start"}
+    assert "does not exist" in refusal(config, [entry()], tmp_path)["config.json.init_lora"]
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "adapter_model.safetensors").write_bytes(b"1")
+    first = make_plan(config, [entry()], cwd=tmp_path).sections.train.lora
+    assert first is not None
+    assert first.init_lora == str(tmp_path / "start")
+    (tmp_path / "start" / "adapter_model.safetensors").write_bytes(b"2")
+    second = make_plan(config, [entry()], cwd=tmp_path).sections.train.lora
+    assert second is not None
+    assert first.init_lora_revision != second.init_lora_revision
+
+
+def test_the_page_names_what_is_trained(tmp_path) -> None:
+    pictures(tmp_path / "a", *[(128, 128)] * 4)
+    lycoris = {"lora_type": "lycoris", "lycoris_config": {"algo": "lokr", "linear_dim": 10000, "linear_alpha": 1}}
+    for keys, said in (
+        ({"layer_freeze_strategy": "bitfit"}, "biases only (BitFit)"),
+        ({"model_type": "lora", "use_dora": True, "lora_rank": 4}, "DoRA of rank 4"),
+        ({"model_type": "lora", **lycoris}, "LoKr of full rank"),
+    ):
+        assert said in make_plan({**CONFIG, **keys}, [entry()], cwd=tmp_path).markdown
+
+
+def test_what_is_frozen_takes_less_memory(tmp_path) -> None:
+    pictures(tmp_path / "a", *[(128, 128)] * 4)
+
+    def memory(**keys: object) -> object:
+        return make_plan({**CONFIG, **keys}, [entry()], cwd=tmp_path).summary["training_memory_bytes"]
+
+    pissa = memory(model_type="lora", lora_init_type="pissa")
+    assert memory() == 4 * memory(layer_freeze_strategy="bitfit") == 4 * pissa == 8 * memory(model_type="lora")
+
+
+@pytest.mark.parametrize("mechanism", ["xformers", "flash-attn-2", "flash-attn-3"])
+def test_a_missing_library_is_found_before_training(tmp_path, mechanism) -> None:
+    """The test environment has none of them, and PyTorch's own kernels need none."""
+    pictures(tmp_path / "a", *[(128, 128)] * 4)
+    found = refusal({**CONFIG, "attention_mechanism": mechanism}, [entry()], tmp_path)
+    assert "is not installed" in found["config.json.attention_mechanism"]
+    train = make_plan({**CONFIG, "attention_mechanism": "native-math"}, [entry()], cwd=tmp_path).sections.train
+    assert train.attention_mechanism == "native-math"
+
+
+@pytest.mark.parametrize("precision", ["int8-torchao", "int8-quanto", "nf4-bnb"])
+def test_a_rounded_base_takes_less_memory_or_misses_its_library(tmp_path, precision) -> None:
+    pictures(tmp_path / "a", *[(128, 128)] * 4)
+    config = {**CONFIG, "model_type": "lora"}
+    rounded = {**config, "base_model_precision": precision}
+    if missing_library(precision):
+        found = refusal(rounded, [entry()], tmp_path)
+        assert "install kubetuner[quantised]" in found["config.json.base_model_precision"]
+        return
+    plans = [make_plan(one, [entry()], cwd=tmp_path).summary["training_memory_bytes"] for one in (config, rounded)]
+    assert plans[0] == plans[1] * (4 if precision == "nf4-bnb" else 2)

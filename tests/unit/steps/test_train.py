@@ -1,9 +1,12 @@
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kubetuner.artifacts import (
     CaptionRow,
@@ -17,10 +20,22 @@ from kubetuner.artifacts import (
     write_artifact,
     write_rows,
 )
-from kubetuner.config.sections import DatasetSampling, LoraSettings, ModelRef, TrainSection
-from kubetuner.errors import ArtifactError
+from kubetuner.config.sections import (
+    DatasetSampling,
+    EvaluateSection,
+    LoraSettings,
+    ModelRef,
+    Prompt,
+    PushSection,
+    TrainSection,
+)
+from kubetuner.errors import ArtifactError, InputError
+from kubetuner.families import load_family
+from kubetuner.steps.evaluate import evaluate
+from kubetuner.steps.push_to_hub import push_to_hub
 from kubetuner.steps.train import train
 from kubetuner.store import Store
+from kubetuner.training.checkpoints import Snapshot
 from pipelines.recipes.demo.models import build_pipeline, write_pipeline
 
 TEXT = {
@@ -29,6 +44,15 @@ TEXT = {
     "sdxl": {"embeds": (77, 32), "pooled": (16,)},
 }
 FAMILIES = tuple(TEXT)
+PEFT_FILES = {"adapter_model.safetensors", "adapter_config.json"}
+LORA_FILES = {"pytorch_lora_weights.safetensors"}
+KINDS = {
+    "lora": LoraSettings(rank=2, alpha=8.0),
+    "dora": LoraSettings(rank=2, alpha=8.0, use_dora=True),
+    "pissa": LoraSettings(rank=2, alpha=2.0, dropout=0.0, init_type="pissa"),
+    "lokr": LoraSettings(algorithm="lokr", rank=10000, alpha=10000.0, factor=4, target_classes=("Attention",)),
+    "loha": LoraSettings(algorithm="loha", rank=2, alpha=1.0, target_classes=("Attention",)),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -51,20 +75,145 @@ def test_full_training_leaves_a_pipeline_and_nothing_else(tmp_path: Path, family
 
 
 @pytest.mark.parametrize(
-    ("family", "files"),
+    ("family", "kind", "files"),
     [
-        ("pixart_sigma", {"adapter_model.safetensors", "adapter_config.json"}),
-        ("sdxl", {"pytorch_lora_weights.safetensors"}),
-        ("sana", {"pytorch_lora_weights.safetensors"}),
+        ("pixart_sigma", "lora", PEFT_FILES),
+        ("sdxl", "lora", LORA_FILES),
+        ("sana", "lora", LORA_FILES),
+        ("sana", "dora", LORA_FILES),
+        ("sdxl", "pissa", LORA_FILES),
+        ("sdxl", "lokr", PEFT_FILES),
+        ("sana", "lokr", PEFT_FILES),
+        ("pixart_sigma", "loha", PEFT_FILES),
     ],
 )
-def test_lora_training_leaves_an_adapter(tmp_path: Path, family: str, files: set[str]) -> None:
-    section = _section(tmp_path, family, model_type="lora", lora=LoraSettings(rank=2, alpha=8.0))
+def test_lora_training_leaves_an_adapter(tmp_path: Path, family: str, kind: str, files: set[str]) -> None:
+    section = _section(tmp_path, family, model_type="lora", lora=KINDS[kind])
 
     artifact = train(section, *_caches(tmp_path, family), tmp_path / "out")
 
     assert {entry.path for entry in artifact.files} == files | {"losses.jsonl"}
     verify_files(tmp_path / "out", artifact)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bitfit_changes_the_biases_and_saves_a_whole_pipeline(tmp_path: Path, family: str) -> None:
+    section = _section(tmp_path, family, model_type="full", layer_freeze_strategy="bitfit")
+
+    artifact = train(section, *_caches(tmp_path, family), tmp_path / "out")
+
+    assert "pipeline/model_index.json" in {entry.path for entry in artifact.files}
+    made = load_family(section.model.family)
+    weights = [
+        made.load_denoiser(ref, torch.device("cpu"), torch.float32).state_dict()
+        for ref in (section.model, section.model.model_copy(update={"path": str(tmp_path / "out" / "pipeline")}))
+    ]
+    changed = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
+    assert changed
+    assert all("bias" in name for name in changed)
+
+
+def test_kernel_and_recomputed_blocks_reach_the_network(tmp_path: Path) -> None:
+    """The same training but for rounding, by another kernel and with other activations kept."""
+    caches = _caches(tmp_path, "sdxl")
+    shared = {"model_type": "lora", "lora": KINDS["lora"], "mixed_precision": "no"}
+    plain = train(_section(tmp_path, "sdxl", **shared), *caches, tmp_path / "plain")
+    other = {"attention_mechanism": "native-math", "gradient_checkpointing_interval": 2}
+    changed = train(_section(tmp_path, "sdxl", **shared, **other), *caches, tmp_path / "changed")
+    assert plain.fingerprint != changed.fingerprint
+    assert changed.last_loss == pytest.approx(plain.last_loss, rel=1e-4)
+    with pytest.raises(InputError, match="NVIDIA GPU"):
+        train(_section(tmp_path, "sdxl", attention_mechanism="native-cudnn"), *caches, tmp_path / "gpu")
+
+
+def test_a_run_started_at_an_adapter_goes_on_from_it(tmp_path: Path) -> None:
+    caches = _caches(tmp_path, "sana")
+    settings = KINDS["lora"]
+    train(_section(tmp_path, "sana", model_type="lora", lora=settings), *caches, tmp_path / "first")
+    start = settings.model_copy(update={"init_lora": str(tmp_path / "first")})
+    section = _section(tmp_path, "sana", model_type="lora", lora=start, learning_rate=1e-12)
+
+    train(section, *caches, tmp_path / "second")
+
+    name = "pytorch_lora_weights.safetensors"
+    first, second = (load_file(tmp_path / run / name) for run in ("first", "second"))
+    assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
+    assert any(bool(tensor.any()) for key, tensor in first.items() if "lora_B" in key)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "lokr"])
+def test_a_resumed_adapter_is_the_uninterrupted_one(tmp_path: Path, kind: str) -> None:
+    """What an adapter starts from is drawn anew on resuming; it must be the same start."""
+    settings = {"model_type": "lora", "lora": KINDS[kind], "checkpoint_step_interval": 1}
+    section, caches = _section(tmp_path, "sana", **settings), _caches(tmp_path, "sana")
+    whole = train(section, *caches, tmp_path / "whole")
+    child = os.fork()
+    if child == 0:  # Killed at the end of the second step, before the adapter is saved.
+        from kubetuner.training.checkpoints import Checkpoints
+
+        save = Checkpoints.save
+
+        def save_and_die(self: Checkpoints, snapshot: Snapshot) -> Path:
+            save(self, snapshot)
+            os.kill(os.getpid(), signal.SIGKILL if snapshot.step == 2 else 0)
+            return Path()
+
+        Checkpoints.save = save_and_die  # type: ignore[method-assign]
+        try:
+            train(section, *caches, tmp_path / "parts")
+        finally:
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+    again = train(section, *caches, tmp_path / "parts")
+
+    assert again == whole
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("pixart_sigma", "dora"), ("sdxl", "dora"), ("sdxl", "lokr"), ("sana", "pissa"), ("sana", "loha")],
+)
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch_dtype.*:FutureWarning")
+def test_the_card_says_how_to_use_each_kind(tmp_path: Path, family: str, kind: str) -> None:
+    """Train, evaluate and publish; then load the published folder with the card's code."""
+    section = _section(tmp_path, family, model_type="lora", lora=KINDS[kind], learning_rate=1e-2)
+    train(section, *_caches(tmp_path, family), tmp_path / "out")
+    shared = {"model": section.model, "model_type": "lora"}
+    prompts = (Prompt(shortname="a", prompt="a red star"),)
+    evaluated = evaluate(
+        EvaluateSection.model_validate(
+            shared | {"prompts": prompts, "resolutions": ((64, 64),), "num_inference_steps": 2}
+        ),
+        tmp_path / "out",
+        *_caches(tmp_path, family),
+        tmp_path / "evaluation",
+    )
+    before, after = ((tmp_path / "evaluation" / path).read_bytes() for path in
+                     (evaluated.images[0].before, evaluated.images[0].after))  # fmt: skip
+    assert before != after
+
+    push_to_hub(
+        PushSection.model_validate(shared | {"training": section.to_json()}),
+        tmp_path / "out",
+        tmp_path / "evaluation",
+        tmp_path / "published",
+    )
+
+    card = (tmp_path / "published" / "hub" / "README.md").read_text()
+    assert f"This is a {KINDS[kind].title} adapter for" in card
+    assert f"- Adapter: {KINDS[kind].title}" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    code = code.replace(f'"{family}-lora"', repr(str(tmp_path / "published" / "hub")))
+    code = code.replace('"path/to/the/base/model"', repr(section.model.path))
+    names: dict[str, Any] = {}
+    exec(code.split("picture = ")[0], names)  # The rest draws with 20 steps and in sizes that are not tiny.
+    draw = load_family(section.model.family)
+    stock = draw.load_pipeline(section.model, None, torch.device("cpu")).to(torch.bfloat16)
+    settings = EvaluateSection.model_validate(shared | {"num_inference_steps": 2})
+    pictures = [np.asarray(draw.draw(one, "a red star", (64, 64), 1, settings)) for one in (names["pipeline"], stock)]
+    assert not np.array_equal(*pictures)
 
 
 def test_the_same_run_gives_the_same_bytes_wherever_it_was_interrupted(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from kubetuner.artifacts import LatentRow
 from kubetuner.config.sections import DatasetSampling, FlowSchedule, LoraSettings, ModelRef, TrainSection
 from kubetuner.families import load_family
 from kubetuner.families.base import Named
+from kubetuner.training.denoiser import prepare_denoiser
 from kubetuner.training.loop import Job
 from kubetuner.training.objective import Objective
 from pipelines.recipes.demo.models import build_pipeline, write_pipeline
@@ -68,12 +69,7 @@ class Setup:
         section = TrainSection.model_validate(base | settings)
         made = load_family(ref.family)
         device = torch.device("cpu")
-        denoiser = made.load_denoiser(ref, device, torch.float32)
-        torch.manual_seed(0)
-        if section.model_type == "lora" and section.lora is not None:
-            made.add_adapter(denoiser, section.lora)
-        if section.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing()
+        denoiser = prepare_denoiser(section, made, device)
         null = {name: torch.zeros(shape) for name, shape in TEXT[family].items()}
         process = made.noise_process(ref, FlowSchedule(), segmented=True)
         objective = Objective(made, process, null, section.seed, section.mixed_precision == "bf16")

@@ -7,11 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from kubetuner.config.sections import LoraSettings
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.loop import Job, train_denoiser
 from tests.unit.training.conftest import RandomBatches, Setup
 
 FAMILIES = ("pixart_sigma", "sdxl", "sana")
+KINDS = {
+    "dora": LoraSettings(rank=2, alpha=4.0, use_dora=True),
+    "olora": LoraSettings(rank=2, alpha=2.0, dropout=0.0, init_type="olora"),
+    "pissa": LoraSettings(rank=2, alpha=2.0, dropout=0.0, init_type="pissa"),
+    "lokr": LoraSettings(algorithm="lokr", rank=10000, alpha=10000.0, factor=4, target_classes=("Attention",)),
+    "loha": LoraSettings(algorithm="loha", rank=2, alpha=1.0, target_classes=("Attention",)),
+}
 
 
 def regularised(setup: Setup, family: str, **settings: object) -> Job:
@@ -43,6 +51,29 @@ def test_the_target_is_the_base_models_own_answer(setup: Setup, family: str) -> 
     error = (answer - expected).square().flatten(1).mean(1)
     assert job.objective.losses(job.denoiser, question).tolist() == pytest.approx(error.tolist(), rel=1e-4)
     assert min(error.tolist()) > 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_is_compared_with_the_published_base(setup: Setup, kind: str) -> None:
+    """OLoRA and PiSSA move a part of the base into the adapter, which is part of the base's answer."""
+    job = regularised(setup, "sana", lora=KINDS[kind])
+    base = setup.job("sana", RandomBatches("sana"), lora=None, model_type="full", mixed_precision="no")
+    question = job.question(0, 0)
+    spoil(job)
+    before = {name: value.detach().clone() for name, value in job.trained().items()}
+    with torch.no_grad():
+        expected = base.objective.answer(base.denoiser.eval(), question)
+        answer = job.objective.answer(job.denoiser.eval(), question)
+    error = (answer - expected).square().flatten(1).mean(1)
+
+    losses = job.objective.losses(job.denoiser, question)
+
+    assert losses.tolist() == pytest.approx(error.tolist(), rel=1e-3)
+    assert min(error.tolist()) > 1e-6
+    losses.mean().backward()
+    assert job.trained().keys() == before.keys()
+    assert all(torch.equal(before[name], value) for name, value in job.trained().items())
+    assert any(bool(value.grad.any()) for value in job.trained().values() if value.grad is not None)
 
 
 def test_the_adapter_learns_and_stays_trainable(setup: Setup, tmp_path: Path) -> None:

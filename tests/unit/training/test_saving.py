@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kubetuner.config.sections import ModelRef
+from kubetuner.config.sections import LoraSettings, ModelRef
 from kubetuner.errors import TrainingError
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.loop import Job, train_denoiser
@@ -11,19 +11,28 @@ from kubetuner.training.saving import save_adapter, save_pipeline
 from tests.unit.training.conftest import RandomBatches, Setup
 
 FAMILIES = ("pixart_sigma", "sdxl", "sana")
+KINDS = {
+    "lora": LoraSettings(rank=2, alpha=4.0, dropout=0.3),
+    "dora": LoraSettings(rank=2, alpha=4.0, dropout=0.3, use_dora=True),
+    "pissa": LoraSettings(rank=2, alpha=2.0, dropout=0.0, init_type="pissa"),
+    "lokr": LoraSettings(algorithm="lokr", rank=10000, alpha=10000.0, factor=4, target_classes=("Attention",)),
+    "loha": LoraSettings(algorithm="loha", rank=2, alpha=1.0, target_classes=("Attention",)),
+}
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_adapter_predicts_as_trained(setup: Setup, tmp_path: Path, family: str) -> None:
-    job = _trained(setup, family, tmp_path, model_type="lora")
+def test_a_saved_adapter_predicts_as_trained(setup: Setup, tmp_path: Path, family: str, kind: str) -> None:
+    job = _trained(setup, family, tmp_path, model_type="lora", lora=KINDS[kind], max_train_steps=3)
 
     save_adapter(job, tmp_path / "adapter")
 
     assert list((tmp_path / "adapter").glob("*.safetensors"))
 
 
-def test_an_adapter_that_loads_otherwise_is_refused(setup: Setup, tmp_path: Path) -> None:
-    job = _trained(setup, "sana", tmp_path, model_type="lora")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_that_loads_otherwise_is_refused(setup: Setup, tmp_path: Path, kind: str) -> None:
+    job = _trained(setup, "sana", tmp_path, model_type="lora", lora=KINDS[kind], max_train_steps=1)
     unsaved = next(parameter for parameter in job.denoiser.parameters() if not parameter.requires_grad)
     with torch.no_grad():
         unsaved.add_(1.0)

@@ -1,0 +1,26 @@
+"""``base_model_precision``: how the frozen base under an adapter is stored, and what each way needs; knows no torch."""
+
+from importlib.util import find_spec
+
+PRECISIONS = ("no_change", "int8-torchao", "int8-quanto", "nf4-bnb")
+LATER = frozenset(
+    {
+        "int4-quanto", "int2-quanto", "int8dq-torchao", "int4-torchao", "int8dq-int4-torchao", "fp8-torchao",
+        "fp8wo-torchao", "fp8-int4-torchao", "fp8-native", "fp8-transformerengine",
+    }
+)  # fmt: skip
+_FP8 = "SimpleTuner refuses it for these model families too, and 8-bit integers are of the same size."
+REFUSED = {"fp8-quanto": _FP8, "fp8uz-quanto": _FP8}
+BYTES = {"int8-torchao": 1.0, "int8-quanto": 1.0, "nf4-bnb": 0.5}
+"""Per weight; scales come on top."""
+_LIBRARIES = {
+    "int8-torchao": ("torchao", "torchao"),
+    "int8-quanto": ("optimum", "optimum-quanto"),
+    "nf4-bnb": ("bitsandbytes", "bitsandbytes"),
+}
+
+
+def missing_library(precision: str) -> str:
+    """The distribution to install for ``precision``, or an empty text when nothing is missing."""
+    module, distribution = _LIBRARIES.get(precision, ("", ""))
+    return distribution if module and find_spec(module) is None else ""

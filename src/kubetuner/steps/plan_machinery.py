@@ -1,0 +1,29 @@
+"""What the settings of a run's machinery need to be installed."""
+
+from importlib.util import find_spec
+
+from kubetuner.config.attention import PACKAGES, is_installed
+from kubetuner.config.precision import missing_library
+from kubetuner.config.sections import TrainSection
+from kubetuner.errors import Problem
+
+
+def library_problems(train: TrainSection) -> list[Problem]:
+    """Libraries that training will miss. Where there is no torch, training will run elsewhere and cannot be asked."""
+    if find_spec("torch") is None:
+        return []
+    problems = []
+    mechanism, precision = train.attention_mechanism, train.base_model_precision
+    if not is_installed(mechanism):
+        message = (
+            f"is {mechanism!r}, and the Python package {PACKAGES[mechanism]} is not installed; "
+            "install it, or use 'diffusers', which takes the fastest kernel of PyTorch's own."
+        )
+        problems.append(Problem("config.json.attention_mechanism", message))
+    if distribution := missing_library(precision):
+        message = (
+            f"is {precision!r}, and the Python package {distribution} is not installed; "
+            "install kubetuner[quantised], or use 'no_change'."
+        )
+        problems.append(Problem("config.json.base_model_precision", message))
+    return problems

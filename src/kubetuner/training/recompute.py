@@ -1,0 +1,22 @@
+"""Gradient checkpointing of every n-th block: its activations are computed again instead of being kept."""
+
+from typing import Any, cast
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def recompute_activations(denoiser: nn.Module, interval: int) -> None:
+    """Turn on gradient checkpointing for the first, the (1 + ``interval``)-th and so on of the denoiser's blocks.
+
+    diffusers has no interval, but asks a function to run each block, with the block as its first argument. Blocks are
+    counted in the order in which they first run, and known by identity afterwards, so that running a block again in
+    the backward pass cannot shift the count.
+    """
+    order: dict[int, int] = {}
+
+    def run(block: Any, *inputs: Any) -> Any:
+        position = order.setdefault(id(block), len(order))
+        return block(*inputs) if position % interval else checkpoint(block, *inputs, use_reentrant=False)
+
+    cast(Any, denoiser).enable_gradient_checkpointing(run)
