@@ -5,34 +5,27 @@ bytes and Kubeflow's cache agrees with ours. Fields that change speed but not re
 ``SPEED_ONLY`` and stay out of fingerprints. Names are SimpleTuner's keys.
 """
 
-import json
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
+
+from kubetuner.config.objective import (
+    EmaSettings,
+    LossSettings,
+    NoiseSettings,
+    ProcessSettings,
+    SchedulerChange,
+    TimestepBias,
+)
+from kubetuner.config.objective import FlowSchedule as FlowSchedule
+from kubetuner.config.optimizers import OptimizerName, Option
+from kubetuner.config.section import Section as Section
 
 FamilyName = Literal["pixart_sigma", "sdxl", "sana"]
 ModelType = Literal["full", "lora"]
-
-
-class Section(BaseModel):
-    """A frozen group of settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    SPEED_ONLY: ClassVar[frozenset[str]] = frozenset()
-
-    def to_json(self) -> str:
-        """Canonical JSON: sorted keys, no spaces."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The inverse of :meth:`to_json`."""
-        return cls.model_validate_json(text)
-
-    def deciding(self) -> dict[str, object]:
-        """The settings that decide the result, as JSON values: all but ``SPEED_ONLY``."""
-        return self.model_dump(mode="json", exclude=set(self.SPEED_ONLY))
+LrScheduler = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "sine", "polynomial"
+]
 
 
 class ModelRef(Section):
@@ -45,6 +38,7 @@ class ModelRef(Section):
         variant: File variant such as ``fp16``; empty for none.
         vae_path: ``pretrained_vae_model_name_or_path``; empty for the pipeline's own VAE.
         vae_revision: Hash of the contents of ``vae_path`` when that is a folder; resolved by ``plan``.
+        scheduler: How the denoiser's noise schedule is read; unset in the caches' sections, which ask nothing of it.
     """
 
     family: FamilyName
@@ -53,6 +47,7 @@ class ModelRef(Section):
     variant: str = ""
     vae_path: str = ""
     vae_revision: str = ""
+    scheduler: SchedulerChange = SchedulerChange()
 
 
 class DatasetSource(Section):
@@ -193,20 +188,6 @@ class DatasetSampling(Section):
     probability: float = 1.0
 
 
-class FlowSchedule(Section):
-    """Densities of a flow-matching family (``flow_schedule_*``).
-
-    Attributes:
-        density: ``logit_normal`` is SimpleTuner's sigmoid density, ``uniform`` is ``flow_use_uniform_schedule``.
-        sigmoid_scale: ``flow_sigmoid_scale``.
-        shift: ``flow_schedule_shift``: sigma' = shift * sigma / (1 + (shift - 1) * sigma); 1 leaves it as it is.
-    """
-
-    density: Literal["logit_normal", "uniform"] = "logit_normal"
-    sigmoid_scale: float = 1.0
-    shift: float = 3.0
-
-
 class TrainSection(Section):
     """Settings of ``train``.
 
@@ -214,7 +195,11 @@ class TrainSection(Section):
         max_train_steps: Optimizer steps; exactly one of this and ``num_train_epochs`` is above 0.
         grad_clip_method: ``norm`` or ``value``; ``max_grad_norm`` 0 turns clipping off.
         checkpoint_step_interval: Optimizer steps between checkpoints; 0 for the end only.
-        lr_end: Floor of the ``polynomial`` schedule.
+        lr_end: Floor of the ``polynomial`` and ``sine`` schedules.
+        lr_num_cycles: Restarts or waves over the whole run.
+        optimizer_options: ``optimizer_config``, checked and typed.
+        ema: ``None`` without ``use_ema``.
+        nonfinite_loss: What to do with a step whose loss or gradient is not finite.
         log_step_interval: Optimizer steps between logged points.
         seed: Seeds noise, timesteps, caption dropout, sampling order and adapter initialisation.
     """
@@ -234,26 +219,42 @@ class TrainSection(Section):
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = True
     mixed_precision: Literal["no", "bf16"] = "bf16"
-    optimizer: Literal["torch-adamw"] = "torch-adamw"
+    optimizer: OptimizerName = "torch-adamw"
+    optimizer_options: dict[str, Option] = Field(default_factory=dict)
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_weight_decay: float = 0.01
     adam_epsilon: float = 1e-8
     learning_rate: float = 4e-7
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant_with_warmup"
+    lr_scheduler: LrScheduler = "constant_with_warmup"
     lr_warmup_steps: int = 0
     lr_end: float = 0.0
     lr_power: float = 1.0
+    lr_num_cycles: int = 1
     max_grad_norm: float = 2.0
     grad_clip_method: Literal["norm", "value"] = "norm"
     caption_dropout_probability: float = 0.1
     disable_segmented_timestep_sampling: bool = False
     flow: FlowSchedule = FlowSchedule()
+    timestep_bias: TimestepBias = TimestepBias()
+    loss: LossSettings = LossSettings()
+    noise: NoiseSettings = NoiseSettings()
+    ema: EmaSettings | None = None
+    nonfinite_loss: Literal["stop", "skip"] = "stop"
     seed: int = 42
     checkpoint_step_interval: int = 500
     checkpoints_total_limit: int = 5
     resume_from_checkpoint: str = "latest"
     log_step_interval: int = 1
+
+    def process(self) -> ProcessSettings:
+        """What the family's noise process is made with."""
+        return ProcessSettings(
+            segmented=not self.disable_segmented_timestep_sampling,
+            flow=self.flow,
+            bias=self.timestep_bias,
+            loss=self.loss,
+        )
 
 
 class Prompt(Section):

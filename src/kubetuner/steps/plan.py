@@ -130,7 +130,8 @@ def _resolve_models(sections: Sections, models: _Models) -> Sections:
         vae_path=vae_path,
         vae_revision=folder_revision(Path(vae_path)) if vae_local else "",
     )
-    train = sections.train.model_copy(update={"model": model})
+    scheduled = model.model_copy(update={"scheduler": given.scheduler})
+    train = sections.train.model_copy(update={"model": scheduled})
     return sections.model_copy(
         update={
             "cache_vae": sections.cache_vae.model_copy(update={"model": model}),
@@ -138,7 +139,7 @@ def _resolve_models(sections: Sections, models: _Models) -> Sections:
             "train": train,
             "evaluate": sections.evaluate.model_copy(
                 update={
-                    "model": model,
+                    "model": scheduled,
                     "judge": judge,
                     "judge_revision": folder_revision(Path(judge)) if judge_local else "",
                 }

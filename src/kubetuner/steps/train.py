@@ -108,13 +108,12 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
         torch.set_float32_matmul_precision("high")
     family = load_family(section.model.family)
     batches = Batches(section, latents, text_embeds, family.facts.text_tensors)
-    segmented = not section.disable_segmented_timestep_sampling
-    process = family.noise_process(section.model, section.flow, segmented)
+    process = family.noise_process(section.model, section.process())
     bf16 = section.mixed_precision == "bf16"
     return Job(
         section=section,
         denoiser=_denoiser(section, family, device),
-        objective=Objective(family, process, batches.null, section.seed, bf16),
+        objective=Objective(family, process, batches.null, section.seed, bf16, section.noise),
         batches=batches,
         batches_per_epoch=batches.batches_per_epoch,
         total_steps=_total_steps(section, batches.batches_per_epoch),

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kubetuner.artifacts import LatentRow
+from kubetuner.config.objective import NoiseSettings
 from kubetuner.diffusion.process import NoiseProcess, NoisySample
 from kubetuner.families.base import Family, Named
+from kubetuner.training.noise import draw_noise
 from kubetuner.training.randomness import generator
 
 
@@ -51,12 +53,12 @@ class Question:
 
     def on(self, device: torch.device) -> "Question":
         """The same on ``device``; from pinned memory without waiting for the copy."""
-        noisy = NoisySample(*(_to(tensor, device) for tensor in _tensors(self.noisy)))
+        noisy = NoisySample(*(_to(tensor, device) for tensor in self.noisy.tensors()))
         return Question(self.samples, noisy, {name: _to(tensor, device) for name, tensor in self.conditioning.items()})
 
     def pinned(self) -> "Question":
         """The same in page-locked memory."""
-        noisy = NoisySample(*(tensor.pin_memory() for tensor in _tensors(self.noisy)))
+        noisy = NoisySample(*(tensor.pin_memory() for tensor in self.noisy.tensors()))
         return Question(self.samples, noisy, {name: tensor.pin_memory() for name, tensor in self.conditioning.items()})
 
 
@@ -67,6 +69,7 @@ class Objective:
     Attributes:
         null: Embedding of the empty text.
         seed: Seed of noise and noise levels.
+        noise: Changes to the noise.
     """
 
     family: Family
@@ -74,15 +77,18 @@ class Objective:
     null: Named
     seed: int
     mixed_precision: bool
+    noise: NoiseSettings = NoiseSettings()
 
     def question(self, batch: Batch, step: int, micro: int) -> Question:
         """Draw noise and levels for ``batch`` and noise it, on the CPU."""
         latents = batch.latents.float()
-        noise = torch.randn(latents.shape, generator=generator(self.seed, "noise", step, micro))
-        levels = self.process.draw_levels(len(latents), generator(self.seed, "levels", step, micro))
+        noise = draw_noise(self.noise, latents.shape, self.seed, step, micro)
+        levels = self.process.draw_levels(latents.shape, generator(self.seed, "levels", step, micro))
+        noisy = self.process.add_noise(latents, noise.target, levels)
+        if noise.input is not noise.target:
+            noisy = replace(noisy, noisy_latents=self.process.add_noise(latents, noise.input, levels).noisy_latents)
         conditioning = self.family.collate(batch.texts, self.null, batch.rows)
-        names = tuple(row.sample for row in batch.rows)
-        return Question(names, self.process.add_noise(latents, noise, levels), conditioning)
+        return Question(tuple(row.sample for row in batch.rows), noisy, conditioning)
 
     def answer(self, denoiser: nn.Module, question: Question) -> Tensor:
         """The denoiser's prediction, float32."""
@@ -97,10 +103,6 @@ class Objective:
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
         return torch.autocast(device.type, torch.bfloat16) if self.mixed_precision else nullcontext()
-
-
-def _tensors(noisy: NoisySample) -> tuple[Tensor, Tensor, Tensor]:
-    return noisy.noisy_latents, noisy.timesteps, noisy.target
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.sections import DatasetSampling, FlowSchedule, LoraSettings, ModelRef, TrainSection
+from kubetuner.config.objective import ProcessSettings
+from kubetuner.config.sections import DatasetSampling, LoraSettings, ModelRef, TrainSection
 from kubetuner.families import load_family
 from kubetuner.families.base import Named
 from kubetuner.training.loop import Job
@@ -75,7 +76,7 @@ class Setup:
         if section.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         null = {name: torch.zeros(shape) for name, shape in TEXT[family].items()}
-        process = made.noise_process(ref, FlowSchedule(), segmented=True)
+        process = made.noise_process(ref, ProcessSettings())
         objective = Objective(made, process, null, section.seed, section.mixed_precision == "bf16")
         return Job(section, denoiser, objective, batches, 10, section.max_train_steps, device)
 
