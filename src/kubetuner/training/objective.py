@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
@@ -55,6 +55,11 @@ class Question:
         """The same on ``device``; from pinned memory without waiting for the copy."""
         noisy = NoisySample(*(_to(tensor, device) for tensor in self.noisy.tensors()))
         return Question(self.samples, noisy, {name: _to(tensor, device) for name, tensor in self.conditioning.items()})
+
+    def named(self) -> Named:
+        """All tensors by name."""
+        noisy = {field.name: getattr(self.noisy, field.name) for field in fields(self.noisy)}
+        return noisy | {f"conditioning.{name}": tensor for name, tensor in self.conditioning.items()}
 
     def pinned(self) -> "Question":
         """The same in page-locked memory."""
