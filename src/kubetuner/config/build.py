@@ -308,7 +308,7 @@ def _push(base: Base, train: TrainSection, where: str, problems: list[Problem]) 
     if values.flag("push_to_hub") and not name:
         problems.append(Problem(f"{where}.hub_model_id", "is missing; push_to_hub needs namespace/name."))
     return PushSection(
-        model=base.model,
+        model=base.scheduled_model,
         model_type=base.model_type,
         push_to_hub=values.flag("push_to_hub"),
         hub_model_id=name,

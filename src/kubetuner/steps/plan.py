@@ -144,7 +144,7 @@ def _resolve_models(sections: Sections, models: _Models) -> Sections:
                     "judge_revision": folder_revision(Path(judge)) if judge_local else "",
                 }
             ),
-            "push": sections.push.model_copy(update={"model": model, "training": train.to_json()}),
+            "push": sections.push.model_copy(update={"model": scheduled, "training": train.to_json()}),
         }
     )
 

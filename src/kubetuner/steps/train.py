@@ -38,6 +38,7 @@ _TRACKED_PARAMS = (
     "mixed_precision", "optimizer", "learning_rate", "lr_scheduler", "lr_warmup_steps", "max_grad_norm",
     "grad_clip_method", "caption_dropout_probability", "seed",
 )  # fmt: skip
+_TRACKED_GROUPS = ("loss", "noise", "timestep_bias", "flow", "ema")
 
 
 def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[Path], out: Path) -> ModelArtifact:
@@ -183,6 +184,10 @@ def _params(section: TrainSection) -> dict[str, str]:
     """What the tracked run shows of the settings, LoRA and base included."""
     values = section.model_dump(mode="json", include=set(_TRACKED_PARAMS))
     values |= {"model_family": section.model.family, "base_model": section.model.path}
+    for group in _TRACKED_GROUPS:
+        chosen = getattr(section, group)
+        if chosen is not None and chosen != TrainSection.model_fields[group].default:
+            values |= {f"{group}_{name}": value for name, value in chosen.model_dump(mode="json").items()}
     if section.lora is not None:
         values |= {f"lora_{name}": value for name, value in section.lora.model_dump(mode="json").items()}
     return {name: str(value) for name, value in values.items()}

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -57,3 +59,9 @@ def test_settings_reach_the_optimizer() -> None:
 def test_low_bit_optimizers_say_that_they_need_a_gpu(name: str) -> None:
     with pytest.raises(InputError, match=f"{name} needs an NVIDIA GPU.*computes on cpu"):
         make_optimizer(_section(optimizer=name), [nn.Parameter(torch.zeros(1))])
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optimi", None)
+    with pytest.raises(InputError, match=r"optimi-lion needs torch-optimi.*pip install torch-optimi"):
+        make_optimizer(_section(optimizer="optimi-lion"), [nn.Parameter(torch.zeros(1))])
