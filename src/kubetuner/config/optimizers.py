@@ -1,5 +1,6 @@
 """The optimizers by SimpleTuner's names: which library, which settings it takes, and its defaults."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -39,18 +40,28 @@ class OptimizerOutline:
         defaults: Its own betas, weight decay and epsilon, by section field; what it does not take is absent.
         options: Further settings that ``optimizer_config`` may hold.
         learning_rate: Its own default; ``None`` for the run's.
+        state_bytes: What it keeps per parameter, for the plan's estimate.
         clips: Whether gradients are clipped unless ``max_grad_norm`` says so; some optimizers limit their steps alone.
     """
 
     defaults: Mapping[str, float]
     options: Mapping[str, Kind] = field(default_factory=dict)
     learning_rate: float | None = None
+    state_bytes: float = 8
     clips: bool = True
 
 
 def _defaults(beta2: float, weight_decay: float, epsilon: float | None) -> dict[str, float]:
     taken = {"adam_beta1": 0.9, "adam_beta2": beta2, "adam_weight_decay": weight_decay}
     return taken if epsilon is None else taken | {"adam_epsilon": epsilon}
+
+
+def _low_bit(name: OptimizerName) -> OptimizerOutline:
+    """An optimizer of bitsandbytes or torchao; blocks of scales take a tenth on top of 4 or 8 bits."""
+    lion, eight = "lion" in name, "8" in name
+    bytes_each = 0.55 if "4bit" in name else 1.1 if eight else 4.0
+    options = _BLOCKS if eight and name.startswith("bnb-") else {}
+    return OptimizerOutline((_LION if lion else _ADAMW).defaults, options, state_bytes=bytes_each * (1 if lion else 2))
 
 
 _ADAMW = OptimizerOutline(_defaults(0.999, 0.01, 1e-8))
@@ -68,19 +79,16 @@ _PRODIGY: dict[str, Kind] = {
 
 OPTIMIZERS: dict[OptimizerName, OptimizerOutline] = {
     "torch-adamw": OptimizerOutline(_ADAMW.defaults, {"amsgrad": "flag"}),
-    "torch-adafactor": OptimizerOutline({"adam_weight_decay": 0.0}, {"beta2_decay": "number", "d": "number"}),
+    "torch-adafactor": OptimizerOutline(
+        {"adam_weight_decay": 0.0}, {"beta2_decay": "number", "d": "number"}, state_bytes=0.1
+    ),
     "optimi-adamw": OptimizerOutline(_defaults(0.99, 0.0, 1e-6), {"decouple_lr": "flag", "kahan_sum": "flag"}),
-    "optimi-lion": OptimizerOutline(_LION.defaults, {"decouple_lr": "flag", "kahan_sum": "flag"}),
+    "optimi-lion": OptimizerOutline(_LION.defaults, {"decouple_lr": "flag", "kahan_sum": "flag"}, state_bytes=4),
     "optimi-stableadamw": OptimizerOutline(
         _defaults(0.99, 0.0, 1e-6), {"decouple_lr": "flag", "kahan_sum": "flag"}, clips=False
     ),
-    "prodigy": OptimizerOutline(_defaults(0.999, 0.0, 1e-8), _PRODIGY, learning_rate=1.0, clips=False),
-    **{
-        name: OptimizerOutline((_LION if "lion" in name else _ADAMW).defaults, _BLOCKS if "8bit" in name else {})
-        for name in get_args(OptimizerName)
-        if name.startswith("bnb-")
-    },
-    **{name: _ADAMW for name in get_args(OptimizerName) if name.startswith("ao-")},
+    "prodigy": OptimizerOutline(_defaults(0.999, 0.0, 1e-8), _PRODIGY, learning_rate=1.0, state_bytes=16, clips=False),
+    **{name: _low_bit(name) for name in get_args(OptimizerName) if name.startswith(("bnb-", "ao-"))},
 }
 
 
@@ -105,10 +113,11 @@ def read_options(name: OptimizerName, text: str, where: str, problems: list[Prob
             message = f"has {option!r} twice; keep one of them."
         else:
             value = _typed(written, kinds[option])
-            if value is not None:
+            if value is not None and (option not in _PLAIN or 0 <= value < math.inf):
                 found[option] = value
                 continue
-            message = f"has {part!r}; expected {_EXPECTED[kinds[option]]}."
+            least = " at least 0" if option in _PLAIN else ""
+            message = f"has {part!r}; expected {_EXPECTED[kinds[option]]}{least}."
         problems.append(Problem(where, message))
     return found
 

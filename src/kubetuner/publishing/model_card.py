@@ -98,6 +98,7 @@ def render_card(
         gallery=gallery,
         validation=_validation(evaluation),
         training=_training(section, model),
+        scheduler=", ".join(f"{name}={value!r}" for name, value in section.model.scheduler.settings().items()),
         usage=usage,
     )
 

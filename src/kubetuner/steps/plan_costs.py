@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kubetuner.config.models import OUTLINES
+from kubetuner.config.optimizers import OPTIMIZERS
 from kubetuner.config.sections import ModelRef, Sections
 from kubetuner.steps.plan_datasets import Measured
 
-# float32 weights, gradients and the two moments of AdamW.
-_FULL_BYTES = 16
+# float32 weights and gradients.
+_FULL_BYTES = 8
 _BYTES = {"bf16": 2, "fp32": 4, "no": 4}
 
 
@@ -24,7 +25,8 @@ class Costs:
         latents_bytes: Latents of all datasets.
         text_embeds_bytes: At most; captions that agree are stored once and padding is trimmed.
         parameters: Of the denoiser.
-        training_memory_bytes: Weights, gradients and optimizer state; activations come on top.
+        training_memory_bytes: Weights, gradients, optimizer state, and averages on the accelerator; activations come
+            on top.
     """
 
     latents_bytes: int
@@ -46,7 +48,9 @@ def estimate(sections: Sections, measured: Sequence[Measured]) -> Costs:
     texts = sum(one.samples for one in measured) + 1
     parameters = _parameters(model)
     if sections.train.model_type == "full":
-        memory = parameters * _FULL_BYTES
+        averages = 4 if sections.train.ema is not None and sections.train.ema.device == "accelerator" else 0
+        state = OPTIMIZERS[sections.train.optimizer].state_bytes
+        memory = int(parameters * (_FULL_BYTES + state + averages))
     else:
         memory = parameters * _BYTES[sections.train.mixed_precision]
     return Costs(

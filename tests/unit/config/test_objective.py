@@ -159,6 +159,7 @@ def test_what_simpletuner_writes_for_not_chosen_is_accepted() -> None:
         ({"use_ema": True, "ema_cpu_only": True, "ema_device": "accelerator"}, "ema_cpu_only", "keep one"),
         ({"optimizer": "optimi-lion", "adam_epsilon": 1e-6}, "adam_epsilon", "no effect with optimizer optimi-lion"),
         ({"optimizer_config": "momentum=0.9"}, "optimizer_config", "beta1, beta2, weight_decay, eps, amsgrad"),
+        ({"optimizer_config": "weight_decay=-1"}, "optimizer_config", "a number at least 0"),
         ({"optimizer_config": "amsgrad=1"}, "optimizer_config", "true or false"),
         ({"optimizer_config": "beta2=0.9,beta2=0.8"}, "optimizer_config", "twice"),
         ({"optimizer_config": "beta2=1.0"}, "optimizer_config", "below 1"),
