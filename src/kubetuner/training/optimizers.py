@@ -78,9 +78,12 @@ def _library(module: str, optimizer: OptimizerName, name: str) -> type[Optimizer
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Use ``rate`` in the next step."""
+    """Use ``rate`` in the next step; torchao keeps it in a tensor, which must stay one."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def clip_gradients(section: TrainSection, parameters: Sequence[nn.Parameter]) -> Tensor:

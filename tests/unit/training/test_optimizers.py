@@ -6,7 +6,7 @@ from torch import nn
 
 from kubetuner.config.load import load
 from kubetuner.errors import InputError
-from kubetuner.training.optimizers import make_optimizer
+from kubetuner.training.optimizers import make_optimizer, set_learning_rate
 
 DATA = [{"id": "a", "instance_data_dir": "pictures"}]
 
@@ -65,3 +65,11 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optimi", None)
     with pytest.raises(InputError, match=r"optimi-lion needs torch-optimi.*pip install torch-optimi"):
         make_optimizer(_section(optimizer="optimi-lion"), [nn.Parameter(torch.zeros(1))])
+
+
+def test_a_rate_that_is_a_tensor_stays_one() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=torch.tensor(0.5))
+    kept = optimizer.param_groups[0]["lr"]
+    set_learning_rate(optimizer, 0.25)
+    assert optimizer.param_groups[0]["lr"] is kept
+    assert kept.item() == 0.25
