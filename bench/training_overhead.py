@@ -172,7 +172,7 @@ def make_job(family: str, model: nn.Module, model_type: str, steps: int, base: P
     text = {name: torch.randn(shape) for name, shape in shapes.items()}
     batch = FixedBatch([row] * 4, torch.randn(4, config.in_channels, edge, edge), [text] * 4)
     objective = Objective(made, made.noise_process(ref, ProcessSettings()), text, 0, True)
-    return Job(section, model, objective, FixedBatches(batch), 10, steps, torch.device("cpu"))
+    return Job(section, model, objective, FixedBatches(batch), lambda taken: taken / 10, steps, torch.device("cpu"))
 
 
 def denoiser(family: str, size: str) -> nn.Module:

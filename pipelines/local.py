@@ -129,7 +129,7 @@ def run_local(
     before = set(artifacts.iterdir()) if artifacts.is_dir() else set()
     with log_file.open("w", encoding="utf-8") as full:
         log = RunLog(terminal or sys.stdout, full)
-        with _environment(environment), _scratch() as scratch:
+        with in_environment(environment), _scratch() as scratch:
             pipeline = load_pipeline()
             _start(out, scratch / "workspace")
             try:
@@ -214,7 +214,8 @@ def _stopped_together() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
+def in_environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of this process, and put them back afterwards."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -232,7 +233,7 @@ def _scratch() -> Iterator[Path]:
     """A temporary folder for kfp's workspace and for the folder that it leaves behind for every task."""
     folder = Path(tempfile.mkdtemp(prefix="kubetuner-"))
     try:
-        with _environment({"TMPDIR": str(folder)}):
+        with in_environment({"TMPDIR": str(folder)}):
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -18,7 +18,7 @@ def download_dataset(section: str, dataset: dsl.Output[dsl.Dataset]) -> None:
     """
     from pathlib import Path
 
-    from kubetuner.config.sections import DownloadSection
+    from kubetuner.config.source_sections import DownloadSection
     from kubetuner.steps.boundary import facts
     from kubetuner.steps.download_dataset import download_dataset
 

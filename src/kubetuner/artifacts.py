@@ -296,10 +296,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_rows(folder: Path, name: str, rows: Iterable[Record]) -> None:
-    """Write ``rows`` as JSON Lines to ``folder/name``."""
-    text = "".join(row.model_dump_json() + "\n" for row in rows)
-    write_atomically(folder / name, lambda path: _write_text(path, text))
+def write_rows(folder: Path, name: str, rows: Iterable[Record]) -> int:
+    """Write ``rows`` as JSON Lines to ``folder/name``, one by one as they come; returns how many there were."""
+    count = 0
+
+    def write(path: Path) -> None:
+        nonlocal count
+        with path.open("w", encoding="utf-8") as stream:
+            for row in rows:
+                stream.write(row.model_dump_json() + "\n")
+                count += 1
+
+    write_atomically(folder / name, write)
+    return count
 
 
 def read_rows(folder: Path, name: str, row_type: type[RecordT]) -> Iterator[RecordT]:

@@ -18,6 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+def on_one_line(name: str) -> str:
+    """A file's name for a message: line breaks and other signs that cannot be seen are written as escapes."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)
+
+
 class KubetunerError(Exception):
     """Base of all kubetuner errors; its text is one message for a person."""
 

@@ -1,7 +1,9 @@
 """The whole pipeline through kfp's local runner: three families, real photographs, stock diffusers at the end."""
 
+import contextlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +51,9 @@ def config_of(family: str, base: Path) -> dict[str, Any]:
         "validation_num_inference_steps": 2,
         "num_eval_images": 2,
         "eval_timesteps": 4,
+        "report_to": "mlflow",
+        "tracker_project_name": "photographs",
+        "tracker_run_name": "weekly",
     }
     return config
 
@@ -107,6 +112,9 @@ def test_photographs_become_a_model_that_stock_diffusers_runs(family: str, tmp_p
         with Image.open(drawn) as image:
             assert image.size == (64, 128)
     assert "report.html" in first.stdout.strip().splitlines()[-1]
+    assert tracked_runs(out / "mlflow.db") == [
+        ("photographs", name, "FINISHED") for name in ("evaluate", "push_to_hub", "train", "weekly")
+    ]
     draws_with_stock_diffusers(family, tmp_path / "base", Path(summary["pushed_to"]))
 
     second = kubetuner(*run, cwd=tmp_path)
@@ -114,6 +122,16 @@ def test_photographs_become_a_model_that_stock_diffusers_runs(family: str, tmp_p
     repeated = json.loads((out / "summary.json").read_text())
     assert {"download_dataset", "cache_vae", "cache_text_embeds", "train", "evaluate"} <= set(repeated["cache_hits"])
     assert repeated["train_loss"] == summary["train_loss"]
+
+
+def tracked_runs(database: Path) -> list[tuple[str, str, str]]:
+    """(experiment, run, status) of every run."""
+    query = (
+        "SELECT experiments.name, runs.name, runs.status FROM runs "
+        "JOIN experiments ON experiments.experiment_id = runs.experiment_id ORDER BY runs.name"
+    )
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        return connection.execute(query).fetchall()
 
 
 def draws_with_stock_diffusers(family: str, base: Path, published: Path) -> None:

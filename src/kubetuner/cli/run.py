@@ -1,9 +1,10 @@
 """``kubetuner run``: the pipeline on this machine, and what a person wants to see afterwards."""
 
+import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from kubetuner.cli.inputs import read_inputs
 from kubetuner.errors import ArtifactError
 
 if TYPE_CHECKING:
+    from kubetuner.config.load import RunConfig
     from kubetuner.evaluation.summary import RunSummary
     from pipelines.local import LocalRun
 
@@ -47,10 +49,34 @@ def run_pipeline(config_file: Path, data_file: Path | None, overrides: Sequence[
 
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    environment = child_environment(root, out)
+    environment = child_environment(root, out) | _tracking(plan.run)
     arguments = {"config": inputs.config, "data_backend_config": inputs.data, "num_shards": 1}
-    done = run_local(_load_pipeline, arguments, out, environment, sys.stdout)
+    with _tracked_as_one(environment):
+        done = run_local(_load_pipeline, arguments, out, environment, sys.stdout)
     _finish(done, out, environment, f"{plan.summary['max_train_steps']} steps planned, nothing wrong with the input")
+
+
+def _tracking(run: "RunConfig") -> dict[str, str]:
+    """``report_to``, ``tracker_project_name`` and ``tracker_run_name``: where the steps log to."""
+    chosen = {"MLFLOW_EXPERIMENT_NAME": run.tracker_project_name, "KUBETUNER_RUN_NAME": run.tracker_run_name}
+    off = {"MLFLOW_TRACKING_URI": ""} if run.report_to == "none" else {}
+    return {name: value for name, value in chosen.items() if value} | off
+
+
+@contextlib.contextmanager
+def _tracked_as_one(environment: Mapping[str, str]) -> Iterator[None]:
+    """End the MLflow run that the steps' runs belong to, as they ended."""
+    from kubetuner.tracking import finish_parent
+    from pipelines.local import in_environment
+
+    try:
+        yield
+    except BaseException:
+        with in_environment(environment):
+            finish_parent("FAILED")
+        raise
+    with in_environment(environment):
+        finish_parent("FINISHED")
 
 
 def _load_pipeline() -> object:
@@ -88,7 +114,9 @@ def _finish(done: "LocalRun", out: Path, environment: Mapping[str, str], planned
     click.echo(f"model      {summary.model_path}")
     click.echo(f"published  {pushed.url if pushed.commit else out / 'hub'}")
     click.echo(f"report     open {_near(report)} in a browser")
-    click.echo(f"runs       mlflow ui --backend-store-uri {environment['MLFLOW_TRACKING_URI']}")
+    if uri := environment["MLFLOW_TRACKING_URI"]:
+        server = uri.startswith("http")
+        click.echo(f"runs       {'open ' + uri if server else 'mlflow ui --backend-store-uri ' + uri}")
     if hits := summary.cache_hits:
         click.echo(f"cache      {len(hits)} of {len(tasks)} steps were hits: {', '.join(hits)}")
     click.echo(f"{_losses(summary)} in {summary.steps} steps; report: {_near(report)}")

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from kubetuner.artifacts import Artifact
 from kubetuner.config.load import read_json
-from kubetuner.config.sections import Section
+from kubetuner.config.section import Section
 from kubetuner.errors import InputError
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -104,7 +104,7 @@ def _plan(inputs: Mapping[str, Sequence[Path]], out: Path) -> None:
 
 
 def _download_dataset(request: Request) -> Artifact:
-    from kubetuner.config.sections import DownloadSection
+    from kubetuner.config.source_sections import DownloadSection
     from kubetuner.steps.download_dataset import download_dataset
 
     return download_dataset(request.parse(DownloadSection, "download"), request.out)

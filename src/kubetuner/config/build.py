@@ -12,10 +12,10 @@ from kubetuner.config.models import OUTLINES, FamilyOutline
 from kubetuner.config.objective import FlowSchedule, SchedulerChange
 from kubetuner.config.optimizers import OPTIMIZERS, OptimizerName, plain_settings, read_options
 from kubetuner.config.prompts import read_instruction, read_prompts, read_resolutions
+from kubetuner.config.schedule import empty_stages
 from kubetuner.config.sections import (
     CacheTextSection,
     CacheVaeSection,
-    DownloadSection,
     EvaluateSection,
     FamilyName,
     LoraSettings,
@@ -25,6 +25,7 @@ from kubetuner.config.sections import (
     Sections,
     TrainSection,
 )
+from kubetuner.config.source_sections import DownloadSection
 from kubetuner.errors import Problem
 
 DEFAULT_JUDGE = "openai/clip-vit-large-patch14-336"
@@ -111,6 +112,9 @@ def _refuse_foreign(values: Values, family: str, model_type: str, where: str, pr
             ("disable_segmented_timestep_sampling",),
             "has no effect with model_family sana, which draws noise levels singly",
         )
+        refuse(
+            ("vae_cache_moments",), "is not possible for sana, whose autoencoder gives one latent and no distribution"
+        )
         if values.text("vae_dtype") == "bf16":
             problems.append(Problem(f"{where}.vae_dtype", "is 'bf16'; sana's latents are always 'fp32'."))
     if family != "pixart_sigma":
@@ -153,7 +157,7 @@ def build_sections(base: Base, data: Data, where: str, cwd: Path, problems: list
             {
                 "model": base.model,
                 "datasets": tuple(entry.geometry for entry in data.pictures),
-                **values.pick("vae_batch_size", "seed"),
+                **values.pick("vae_batch_size", "vae_cache_moments", "seed"),
                 **({"dtype": values.text("vae_dtype")} if "vae_dtype" in values else {}),
             }
         ),
@@ -162,6 +166,9 @@ def build_sections(base: Base, data: Data, where: str, cwd: Path, problems: list
                 "model": base.model,
                 "max_length": values.integer("tokenizer_max_length", 0),
                 "instruction": base.instruction,
+                "captions": tuple(
+                    entry.captions for entry in data.pictures if entry.captions.filters or entry.captions.shuffle
+                ),
                 **values.pick("text_encoder_batch_size"),
             }
         ),
@@ -209,6 +216,7 @@ def _train(base: Base, data: Data, where: str, problems: list[Problem]) -> Train
         }
     )
     _check_schedule(train, values, where, problems)
+    _check_stages(train, data, problems)
     return train
 
 
@@ -255,6 +263,25 @@ def _check_schedule(train: TrainSection, values: Values, where: str, problems: l
     if train.max_train_steps and train.lr_warmup_steps > train.max_train_steps:
         message = f"is {train.lr_warmup_steps}, above max_train_steps {train.max_train_steps}."
         problems.append(Problem(f"{where}.lr_warmup_steps", message))
+
+
+def _check_stages(train: TrainSection, data: Data, problems: list[Problem]) -> None:
+    """``start_step`` and ``end_step`` against the length of the run."""
+    scheduled = [
+        (f"{entry.where}.{name}", entry.sampling)
+        for entry in data.of("image")
+        for name, used in (("start_step", entry.sampling.start_step > 1), ("end_step", entry.sampling.end_step))
+        if used
+    ]
+    if not scheduled:
+        return
+    if not train.max_train_steps:
+        message = "needs max_train_steps: an epoch's length changes when a dataset comes or goes."
+        problems.extend(Problem(place, message) for place, _ in scheduled)
+        return
+    for stage in empty_stages(train.datasets, train.max_train_steps):
+        message = f"leaves {stage} of {train.max_train_steps} without any dataset; let one of them go on or begin then."
+        problems.append(Problem(scheduled[0][0], message))
 
 
 def _evaluate(base: Base, data: Data, where: str, cwd: Path, problems: list[Problem]) -> EvaluateSection:

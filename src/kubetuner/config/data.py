@@ -2,12 +2,19 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
+from kubetuner.config.caption_sections import DatasetCaptions
+from kubetuner.config.data_captions import read_filters, read_shuffle
+from kubetuner.config.data_crops import read_crop
 from kubetuner.config.data_keys import PICTURE_SCHEMA, TEXT_SCHEMA
+from kubetuner.config.data_sampling import read_sampling
+from kubetuner.config.data_sources import flatten_hub, read_storage
 from kubetuner.config.keys import Values, plain_name, read
-from kubetuner.config.sections import DatasetGeometry, DatasetSampling, DatasetSource, Geometry
+from kubetuner.config.sections import DatasetGeometry, DatasetSampling, Geometry
+from kubetuner.config.source_sections import DatasetSource
 from kubetuner.errors import Problem
 
 _ALIGNMENTS = (8, 16, 24, 32, 64)
@@ -20,6 +27,7 @@ _MOST_MEGAPIXELS = {
     "target_downsample_size": 20.0,
 }
 _FEWEST_PIXELS = 16
+_DISCOVERIES = ("vae", "aspect", "text", "metadata")
 
 
 @dataclass(frozen=True)
@@ -28,12 +36,15 @@ class PictureData:
 
     Attributes:
         where: File and index, for messages.
+        repeats_set: Whether ``repeats`` is the user's; others may be raised (``allow_dataset_oversubscription``).
     """
 
     where: str
     source: DatasetSource
     geometry: DatasetGeometry
     sampling: DatasetSampling
+    captions: DatasetCaptions
+    repeats_set: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,14 +69,21 @@ class _Seen:
 
     ids: dict[str, str] = field(default_factory=dict)
     cache_dirs: dict[str, str] = field(default_factory=dict)
-    text_ids: set[str] = field(default_factory=set)
+    text_filters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     default_text: str = ""
+    text_of: dict[str, str] = field(default_factory=dict)
     references: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 def read_data(
-    entries: Sequence[object], run: Values, file: str, problems: list[Problem], *, facts: Mapping[str, str]
+    entries: Sequence[object],
+    run: Values,
+    file: str,
+    problems: list[Problem],
+    *,
+    facts: Mapping[str, str],
+    cwd: Path = Path(),
 ) -> Data:
     """Read every entry; what is wrong is appended to ``problems``.
 
@@ -75,6 +93,7 @@ def read_data(
         file: Name of the data file for messages.
         problems: Receives one entry per fault.
         facts: ``model_type``, ``model_family`` and ``output_dir``, for ``{placeholders}`` and checks.
+        cwd: Folder that the paths in the file are relative to.
     """
     seen = _Seen()
     pictures = []
@@ -83,26 +102,31 @@ def read_data(
         if not isinstance(entry, Mapping):
             problems.append(Problem(where, f"is a {type(entry).__name__}; expected an object."))
             continue
-        fields = _fill({str(name): value for name, value in entry.items()}, facts)
+        faults: list[Problem] = []
+        fields = _fill(flatten_hub(entry, where, faults), facts)
         kind = next((value for name, value in fields.items() if plain_name(name) == "dataset_type"), None)
         schema = TEXT_SCHEMA if kind == "text_embeds" else PICTURE_SCHEMA
-        faults: list[Problem] = []
         values = read(fields, schema, where, faults)
         if values.flag("disabled"):
             continue
         problems.extend(faults)
         _check_id(values, where, seen, problems)
         seen.notes.extend(f"{where}.{note}" for note in values.notes)
+        _note_discovery(values, where, seen, problems)
         if kind == "text_embeds":
-            _read_texts(values, where, seen, problems)
+            _read_texts(values, where, cwd, seen, problems)
         elif (picture := _read_pictures(values, run, where, seen, problems, facts=facts)) is not None:
             pictures.append(picture)
     for where, name in seen.references:
-        if name not in seen.text_ids:
+        if name not in seen.text_filters:
             problems.append(Problem(where, f"names {name!r}, but no entry with dataset_type text_embeds has that id."))
-    data = Data(tuple(pictures), tuple(seen.notes))
+    pictures = [_with_filters(picture, seen) for picture in pictures]
+    data = Data(tuple(pictures), (*seen.notes, *_unused_filters(pictures, seen)))
     if not data.of("image") and not problems:
         problems.append(Problem(file, "has no enabled entry with dataset_type image; there is nothing to train on."))
+    if data.of("image") and all(entry.sampling.is_regularisation_data for entry in data.of("image")):
+        message = "has only regularisation data, whose target is the base model; nothing would be learned."
+        problems.append(Problem(file, message))
     return data
 
 
@@ -131,14 +155,31 @@ def _check_id(values: Values, where: str, seen: _Seen, problems: list[Problem]) 
         seen.ids[name] = where
 
 
-def _read_texts(values: Values, where: str, seen: _Seen, problems: list[Problem]) -> None:
-    seen.text_ids.add(values.text("id"))
+def _text_entry(picture: PictureData, seen: _Seen) -> str:
+    """Id of the entry's ``text_embeds``: the one it names, or else the default one, or else the first."""
+    default = seen.default_text or next(iter(seen.text_filters), "")
+    return seen.text_of.get(picture.source.id, default)
+
+
+def _with_filters(picture: PictureData, seen: _Seen) -> PictureData:
+    filters = seen.text_filters.get(_text_entry(picture, seen), ())
+    return replace(picture, captions=picture.captions.model_copy(update={"filters": filters}))
+
+
+def _unused_filters(pictures: Sequence[PictureData], seen: _Seen) -> list[str]:
+    used = {_text_entry(picture, seen) for picture in pictures}
+    unused = (name for name, filters in seen.text_filters.items() if filters and name not in used)
+    return [f"{seen.ids.get(name, name)}.`caption_filter_list`: no dataset names this entry" for name in unused]
+
+
+def _read_texts(values: Values, where: str, cwd: Path, seen: _Seen, problems: list[Problem]) -> None:
+    name = values.text("id")
+    seen.text_filters[name] = read_filters(values, where, cwd, problems)
     if values.flag("default"):
         if seen.default_text:
-            problems.append(
-                Problem(f"{where}.default", f"is true, as in {seen.default_text}; one entry is the default.")
-            )
-        seen.default_text = where
+            other = seen.ids.get(seen.default_text, "another entry")
+            problems.append(Problem(f"{where}.default", f"is true, as in {other}; one entry is the default."))
+        seen.default_text = name
     _check_cache_dir(values, "cache_dir", where, seen, problems)
 
 
@@ -162,25 +203,26 @@ def _read_pictures(
     _check_cache_dir(values, "cache_dir_vae", where, seen, problems)
     if "text_embeds" in values:
         seen.references.append((f"{where}.text_embeds", values.text("text_embeds")))
-    if not values.text("instance_data_dir"):
-        problems.append(Problem(f"{where}.instance_data_dir", "is missing; expected the folder of the pictures."))
+        seen.text_of[values.text("id")] = values.text("text_embeds")
+    storage = read_storage(values, run, where, problems)
     _check_captions(values, run, where, problems)
-    _check_role(values, where, seen, problems, facts=facts)
-    geometry = _geometry(values, run, where, problems)
+    sampling = read_sampling(values, where, problems, seen.notes, facts=facts)
+    geometry = _geometry(values, run, where, problems, seen.notes)
+    shuffle = read_shuffle(values, where, run.integer("seed", 42), problems)
     if len(problems) > before or not values.text("id"):
         return None
     name = values.text("id")
     captions = values if "instance_prompt" in values else run
     source = DatasetSource.model_validate(
         {
-            **run.pick("caption_strategy"),
+            **storage,
             **values.pick(
                 "id",
                 "dataset_type",
-                "instance_data_dir",
-                "caption_strategy",
                 "prepend_instance_prompt",
                 "only_instance_prompt",
+                "disable_multiline_split",
+                "max_num_samples",
             ),
             "instance_prompt": captions.texts("instance_prompt"),
         }
@@ -189,8 +231,22 @@ def _read_pictures(
         where,
         source,
         DatasetGeometry(id=name, geometry=geometry),
-        DatasetSampling.model_validate(values.pick("id", "repeats", "probability")),
+        sampling,
+        DatasetCaptions(id=name, shuffle=shuffle),
+        repeats_set="repeats" in values,
     )
+
+
+def _note_discovery(values: Values, where: str, seen: _Seen, problems: list[Problem]) -> None:
+    """``skip_file_discovery``: its words are checked, and skipping is not needed."""
+    words = values.text("skip_file_discovery").replace(",", " ").split()
+    unknown = [word for word in words if word not in _DISCOVERIES]
+    if unknown:
+        message = f"names {', '.join(unknown)}; expected words of {', '.join(_DISCOVERIES)}."
+        problems.append(Problem(f"{where}.skip_file_discovery", message))
+    elif words:
+        reason = "a folder is listed once, by the plan, and caches are found by content without a scan"
+        seen.notes.append(f"{where}.`skip_file_discovery`: {reason}")
 
 
 def _check_captions(values: Values, run: Values, where: str, problems: list[Problem]) -> None:
@@ -212,23 +268,7 @@ def _check_captions(values: Values, run: Values, where: str, problems: list[Prob
         problems.append(Problem(f"{where}.instance_prompt", message))
 
 
-def _check_role(values: Values, where: str, seen: _Seen, problems: list[Problem], *, facts: Mapping[str, str]) -> None:
-    held_out = values.text("dataset_type") == "eval"
-    if held_out and values.integer("repeats", 0) > 0:
-        problems.append(Problem(f"{where}.repeats", "has no meaning with dataset_type eval; remove it."))
-    if held_out and "probability" in values:
-        problems.append(Problem(f"{where}.probability", "has no meaning with dataset_type eval; remove it."))
-    if not values.flag("is_regularisation_data"):
-        return
-    if facts.get("model_type") == "lora":
-        message = "is true; regularisation of a LoRA is not available yet; set it to false or disable the dataset."
-        problems.append(Problem(f"{where}.is_regularisation_data", message))
-    else:
-        reason = "has no effect on a full fine-tune: the dataset is trained on like any other"
-        seen.notes.append(f"{where}.`is_regularisation_data`: {reason}")
-
-
-def _geometry(values: Values, run: Values, where: str, problems: list[Problem]) -> Geometry:
+def _geometry(values: Values, run: Values, where: str, problems: list[Problem], notes: list[str]) -> Geometry:
     before = len(problems)
     names = ("resolution", "resolution_type", "aspect_bucket_alignment", "aspect_bucket_rounding", *_SIZES[1:])
     both = Values({name: values.get(name) if name in values else run.get(name) for name in names})
@@ -245,7 +285,7 @@ def _geometry(values: Values, run: Values, where: str, problems: list[Problem]) 
     if len(problems) == before:  # sizes in mixed-up units cannot be compared
         _check_maximum(values, both, where, problems)
     chosen = {name: both.get(name) for name in names if both.get(name) is not None}
-    return Geometry.model_validate({**chosen, **values.pick("crop", "crop_style", "crop_aspect")})
+    return Geometry.model_validate({**chosen, **read_crop(values, where, problems, notes)})
 
 
 def _size_fault(name: str, size: float, unit: str) -> str:

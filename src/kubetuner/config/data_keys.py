@@ -2,43 +2,64 @@
 
 from kubetuner.config.keys import Alias, Foreign, Key, Later, Rule, Schema, Unneeded, one_of
 
-TYPES_LATER = frozenset({"aws", "csv", "huggingface", "webshart", "memory"})
+TYPES = ("local", "gcs", "huggingface", "csv", "aws")
+TYPES_LATER = frozenset({"webshart", "memory"})
 DATASET_TYPES_LATER = frozenset(
     {"image_embeds", "conditioning", "conditioning_image_embeds", "video", "audio", "caption"}
 )
 _STORE = "caches are artifacts, kept by content in the store"
-_S3 = "S3 storage is"
-_CSV = "csv storage is"
-_HUB = "datasets from the hub are"
-_CURRICULUM = "a schedule per dataset is"
+_SECRET = (
+    "Keys in this file would be written into the pipeline's parameters; put them into the environment of the pods "
+    "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN) or use a role."
+)
+_CURRICULUM = "a schedule in epochs (start_step and end_step count optimizer steps) is"
+_LISTED_ANEW = "listings are not kept between runs; each plan lists the folder anew"
 _CONDITIONING = "conditioning datasets are"
 
 _COMMON: dict[str, Rule] = {
     "id": Key("str", nullable=False),
-    "type": Key("str", one_of("local"), later=TYPES_LATER),
     "dataset_type": Key("str", one_of("image", "eval", "text_embeds"), later=DATASET_TYPES_LATER),
     "disabled": Key("bool"),
     "write_batch_size": Unneeded("int", "shards are written whole"),
     "read_batch_size": Unneeded("int", "pictures are read as they are needed"),
     "text_cache_ondemand": Later("encoding captions while training is", (False,)),
     "text_cache_disable": Later("training without cached text embeddings is", (False,)),
-    "preserve_data_backend_cache": Later("keeping listings between runs is", (False,)),
+    "preserve_data_backend_cache": Unneeded("bool", _LISTED_ANEW),
+    "skip_file_discovery": Key("str"),
     "compress_cache": Later("compression of cached tensors is", (False,)),
-    **{f"aws_{name}": Later(_S3) for name in ("bucket_name", "endpoint_url", "access_key_id", "secret_access_key",
-                                               "region_name", "session_token", "max_pool_connections")},
-    "csv_file": Later(_CSV),
-    "csv_caption_column": Later(_CSV),
-    "csv_url_column": Later(_CSV),
-    "csv_cache_dir": Later(_CSV),
     "hash_filenames": Unneeded("bool", _STORE),
-}  # fmt: skip
+}
+
+_STORAGE: dict[str, Rule] = {
+    "type": Key("str", one_of(*TYPES), later=TYPES_LATER),
+    "aws_bucket_name": Key("str"),
+    "aws_endpoint_url": Key("str"),
+    "aws_region_name": Key("str"),
+    "aws_access_key_id": Foreign(_SECRET),
+    "aws_secret_access_key": Foreign(_SECRET),
+    "aws_session_token": Foreign(_SECRET),
+    "aws_max_pool_connections": Unneeded("int", "the number of connections is chosen here"),
+    "csv_file": Key("str"),
+    "csv_caption_column": Key("str"),
+    "csv_url_column": Key("str"),
+    "csv_cache_dir": Unneeded("str", _STORE),
+    "dataset_name": Key("str"),
+    "split": Key("str"),
+    "revision": Key("str"),
+    "image_column": Key("str"),
+    "caption_column": Key("str"),
+    "num_proc": Unneeded("int", "the number of threads is chosen here"),
+    "auto_load": Unneeded("bool", "datasets are read when a step needs them"),
+    "filter_func": Later("filtering of datasets from the hub is"),
+    "composite_image_config": Later("cutting composite pictures is"),
+}
 
 _PICTURES: dict[str, Rule] = {
     "instance_data_dir": Key("str"),
     "caption_strategy": Key(
         "str",
-        one_of("filename", "textfile", "instanceprompt"),
-        later=frozenset({"parquet", "csv", "huggingface", "webshart"}),
+        one_of("filename", "textfile", "instanceprompt", "csv", "huggingface"),
+        later=frozenset({"parquet", "webshart"}),
     ),
     "instance_prompt": Key("texts"),
     "prepend_instance_prompt": Key("bool"),
@@ -51,13 +72,13 @@ _PICTURES: dict[str, Rule] = {
         {"random": "random", "center": "center", "centre": "center", "corner": "corner"},
         later=frozenset({"face"}),
     ),
-    "crop_aspect": Key("str", one_of("square", "preserve"), later=frozenset({"closest", "random"})),
-    "crop_aspect_buckets": Later("cropping to a list of aspect ratios is"),
+    "crop_aspect": Key("str", one_of("square", "preserve", "closest", "random")),
+    "crop_aspect_buckets": Key("json"),
     "minimum_image_size": Key("float", low=0),
     "maximum_image_size": Key("float", above=0),
     "target_downsample_size": Key("float", above=0),
-    "minimum_aspect_ratio": Later("a limit on aspect ratios is"),
-    "maximum_aspect_ratio": Later("a limit on aspect ratios is"),
+    "minimum_aspect_ratio": Key("float", above=0),
+    "maximum_aspect_ratio": Key("float", above=0),
     "max_upscale_threshold": Later("a limit on upscaling is"),
     "aspect_bucket_alignment": Key("int", low=8, high=64),
     "aspect_bucket_rounding": Key("int", low=1, high=9),
@@ -67,24 +88,24 @@ _PICTURES: dict[str, Rule] = {
     "cache_dir_vae": Key("str"),
     "metadata_backend": Key(
         "str",
-        {"discovery": "discovery", "json": "discovery"},
-        later=frozenset({"parquet", "huggingface", "webshart"}),
+        {"discovery": "discovery", "json": "discovery", "huggingface": "discovery"},
+        later=frozenset({"parquet", "webshart"}),
     ),
-    "skip_file_discovery": Later("skipping the listing is", ("",)),
+    "disable_multiline_split": Key("bool"),
     "text_embeds": Key("str"),
     "image_embeds": Later("a separate store of latents is"),
     "default": Later("a default picture dataset is", (False,)),
     "disable_validation": Later("switching off checks is", (False,)),
-    "max_num_samples": Later("training on a part of a dataset is"),
+    "max_num_samples": Key("int", low=1),
     "train_batch_size": Later("a batch size per dataset is"),
     "start_epoch": Later(_CURRICULUM, (0, 1)),
     "end_epoch": Later(_CURRICULUM),
-    "start_step": Later(_CURRICULUM, (0,)),
-    "end_step": Later(_CURRICULUM),
+    "start_step": Key("int", low=0),
+    "end_step": Key("int", low=1),
     "timestep_sampling_offset": Later("an offset of timesteps per dataset is", (0,)),
     "parquet": Later("captions from parquet files are"),
-    "caption_shuffle": Later("shuffling of captions is"),
-    "caption_filter_list": Later("filtering of captions is"),
+    "caption_shuffle": Key("json"),
+    "caption_filter_list": Foreign("It belongs to the entry with dataset_type text_embeds that the dataset uses."),
     "conditioning_data": Later(_CONDITIONING),
     "conditioning_type": Later(_CONDITIONING),
     "conditioning": Later(_CONDITIONING),
@@ -98,15 +119,13 @@ _PICTURES: dict[str, Rule] = {
     "metadata_update_interval": Unneeded("int", "listings are not kept between runs"),
     "disable_vae_cache": Foreign("SimpleTuner has no such key; its name is vae_cache_disable."),
     "cache_dir": Unneeded("str", _STORE),
-    **{name: Later(_HUB) for name in ("huggingface", "dataset_name", "split", "revision", "image_column",
-                                       "caption_column", "filter_func", "num_proc", "auto_load",
-                                       "composite_image_config")},
-}  # fmt: skip
+}
 
 _TEXTS: dict[str, Rule] = {
+    "type": Key("str", one_of("local"), later=frozenset({*TYPES, *TYPES_LATER} - {"local"})),
     "default": Key("bool"),
     "cache_dir": Key("str"),
-    "caption_filter_list": Later("filtering of captions is"),
+    "caption_filter_list": Key("json"),
 }
 
 _ALIASES: dict[str, Alias] = {
@@ -116,5 +135,5 @@ _ALIASES: dict[str, Alias] = {
     "is_regularization_data": Alias("is_regularisation_data"),
 }
 
-PICTURE_SCHEMA = Schema(rules={**_COMMON, **_PICTURES}, aliases=_ALIASES)
+PICTURE_SCHEMA = Schema(rules={**_COMMON, **_STORAGE, **_PICTURES}, aliases=_ALIASES)
 TEXT_SCHEMA = Schema(rules={**_COMMON, **_TEXTS}, aliases={"disable": Alias("disabled")})

@@ -22,8 +22,17 @@ from rapidfuzz import fuzz, process
 
 from kubetuner.errors import Problem
 
-Kind = Literal["int", "float", "bool", "str", "texts", "prompts", "pick"]
-Value = str | int | float | bool | None | tuple[str, ...] | dict[str, str]
+Kind = Literal["int", "float", "bool", "str", "texts", "prompts", "pick", "json"]
+
+
+@dataclass(frozen=True)
+class Json:
+    """A value that is neither a scalar nor texts; the code that reads the key checks it."""
+
+    value: object
+
+
+Value = str | int | float | bool | None | tuple[str, ...] | dict[str, str] | Json
 
 _ENV = re.compile(r"\{env:([^}]*)\}")
 _NEAREST_SCORE = 65.0
@@ -34,7 +43,8 @@ class Key:
     """A key that is used.
 
     Attributes:
-        kind: Type of the value; ``texts`` is one string or a list, ``prompts`` a string or an object of strings.
+        kind: Type of the value; ``texts`` is one string or a list, ``prompts`` a string or an object of strings,
+            ``json`` is anything and is checked where it is read.
         choices: Allowed strings, with what each stands for where they differ.
         low: Smallest number allowed.
         high: Largest number allowed.
@@ -127,6 +137,11 @@ class Values:
         """One or several strings."""
         value = self._found.get(name)
         return value if isinstance(value, tuple) else (value,) if isinstance(value, str) else ()
+
+    def json(self, name: str) -> object:
+        """The JSON value of a ``json`` key; ``None`` when not set."""
+        value = self._found.get(name)
+        return value.value if isinstance(value, Json) else None
 
     def number(self, name: str, default: float) -> float:
         """A number."""
@@ -236,6 +251,8 @@ def _expand(raw: object) -> tuple[object, bool]:
 
 
 def _check(rule: Key, value: object, substituted: bool) -> Value:
+    if rule.kind == "json":
+        return Json(value)
     if rule.kind in ("int", "float", "bool"):
         if substituted and isinstance(value, str):
             value = _from_text(value)
@@ -306,6 +323,7 @@ def _expected(rule: Key) -> str:
         "texts": "a string or a list of strings",
         "prompts": "the path of a JSON file, or an object of strings",
         "pick": "a string or a whole number",
+        "json": "a JSON value",
     }[rule.kind]
     bounds = [f"above {rule.above:g}"] if rule.above is not None else []
     bounds += [f"at least {rule.low:g}"] if rule.low is not None else []

@@ -100,7 +100,6 @@ LATER: dict[str, Rule] = {
     "delete_unwanted_images": Later("deleting pictures is", (False,)),
     "delete_problematic_images": Later("deleting pictures is", (False,)),
     "override_dataset_config": Later("overriding a stored dataset configuration (none is stored) is", (False, True)),
-    "preserve_data_backend_cache": Later("keeping listings between runs is", (False,)),
     "disable_benchmark": Later("drawing the base model's pictures is", (True,)),
     "num_train_processes": Later("training on several GPUs is", (1,)),
     "num_processes": Later("training on several GPUs is", (1,)),

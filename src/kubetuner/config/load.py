@@ -29,6 +29,7 @@ class RunConfig:
         report_to: ``none`` or ``mlflow``; empty when not set.
         tracker_project_name: Name of the MLflow experiment; empty when not set.
         tracker_run_name: Name of the run; empty when not set.
+        allow_dataset_oversubscription: Whether the plan raises ``repeats`` of datasets that fill no batch.
     """
 
     sections: Sections
@@ -38,6 +39,7 @@ class RunConfig:
     report_to: str = ""
     tracker_project_name: str = ""
     tracker_run_name: str = ""
+    allow_dataset_oversubscription: bool = False
 
 
 def read_json(path: Path) -> object:
@@ -119,7 +121,7 @@ def load(
     }
     if data is None:
         data, data_name = _data_file(values, cwd, config_name, problems)
-    entries = Data() if data is None else read_data(data, values, data_name, problems, facts=facts)
+    entries = Data() if data is None else read_data(data, values, data_name, problems, facts=facts, cwd=cwd)
     base = read_base(values, config_name, cwd, problems)
     if base is None:
         raise ConfigError(problems)
@@ -130,11 +132,22 @@ def load(
         sections=sections,
         data=entries,
         output_dir=values.text("output_dir"),
-        notes=(*(f"{config_name}.{note}" for note in values.notes), *entries.notes),
+        notes=(*(f"{config_name}.{note}" for note in values.notes), *entries.notes, *_never_drawn(entries, sections)),
         report_to=values.text("report_to"),
         tracker_project_name=values.text("tracker_project_name"),
         tracker_run_name=values.text("tracker_run_name"),
+        allow_dataset_oversubscription=values.flag("allow_dataset_oversubscription"),
     )
+
+
+def _never_drawn(data: Data, sections: Sections) -> list[str]:
+    """Datasets that a run shorter than their ``start_step`` does not reach."""
+    steps = sections.train.max_train_steps
+    return [
+        f"{entry.where}.`start_step`: the run ends after step {steps}, so the dataset is never drawn from"
+        for entry in data.of("image")
+        if steps and entry.sampling.start_step > steps
+    ]
 
 
 def _data_file(values: Values, cwd: Path, where: str, problems: list[Problem]) -> tuple[Sequence[object] | None, str]:

@@ -7,6 +7,8 @@ Defaults are the sections' own. Where they differ from SimpleTuner's:
 * ``grad_clip_method`` is ``norm``: clipping by value bends the gradient's direction.
 * ``max_grad_norm`` is 0.01 for PixArt only while it is not set; a set value is used as it stands.
 * ``num_train_epochs`` is 1 only while ``max_train_steps`` is not set.
+* ``vae_cache_moments`` is ours. SimpleTuner stores one sample of the VAE's distribution and shows it in every epoch;
+  with the moments each epoch draws another. It is off because it doubles the bytes of latents.
 * ``seed`` is 42, so that two runs agree; ``validation_resolution`` is 1024x1024; the negative prompt is empty.
 """
 
@@ -34,6 +36,7 @@ MODEL_RULES: dict[str, Rule] = {
     "tokenizer_max_length": Key("int", low=1),
     "vae_dtype": Key("str", {"bf16": "bf16", "fp32": "fp32"}, later=frozenset({"fp16"})),
     "vae_batch_size": Key("int", low=1),
+    "vae_cache_moments": Key("bool"),
     "text_encoder_batch_size": Key("int", low=1),
 }
 
@@ -119,6 +122,9 @@ DATA_RULES: dict[str, Rule] = {
     "aspect_bucket_rounding": Key("int", low=1, high=9),
     "aspect_bucket_alignment": Key("int", low=8, high=64),
     "max_skipped_share": Key("float", low=0, high=1),
+    "allow_dataset_oversubscription": Key("bool"),
+    "preserve_data_backend_cache": Unneeded("bool", "listings are not kept between runs"),
+    "skip_file_discovery": Unneeded("str", "a folder is listed once, by the plan, and caches are found by content"),
     "cache_dir": Unneeded("str", "caches are artifacts, kept by content in the store"),
     "cache_dir_vae": Unneeded("str", "caches are artifacts, kept by content in the store"),
     "cache_dir_text": Unneeded("str", "caches are artifacts, kept by content in the store"),

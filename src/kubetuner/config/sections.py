@@ -1,6 +1,6 @@
 """One frozen section per step: exactly the settings that the step needs.
 
-A section travels between pipeline steps as canonical JSON (:meth:`Section.to_json`), so equal settings are equal
+A section travels between pipeline steps as canonical JSON (``Section.to_json``), so equal settings are equal
 bytes and Kubeflow's cache agrees with ours. Fields that change speed but not results are listed in
 ``SPEED_ONLY`` and stay out of fingerprints. Names are SimpleTuner's keys.
 """
@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from kubetuner.config.caption_sections import DatasetCaptions
 from kubetuner.config.objective import (
     EmaSettings,
     LossSettings,
@@ -20,6 +21,7 @@ from kubetuner.config.objective import (
 from kubetuner.config.objective import FlowSchedule as FlowSchedule
 from kubetuner.config.optimizers import OptimizerName, Option
 from kubetuner.config.section import Section as Section
+from kubetuner.config.source_sections import DownloadSection
 
 FamilyName = Literal["pixart_sigma", "sdxl", "sana"]
 ModelType = Literal["full", "lora"]
@@ -37,7 +39,8 @@ class ModelRef(Section):
         revision: Hub commit, or for a folder the hash of its contents; resolved by ``plan``.
         variant: File variant such as ``fp16``; empty for none.
         vae_path: ``pretrained_vae_model_name_or_path``; empty for the pipeline's own VAE.
-        vae_revision: Hash of the contents of ``vae_path`` when that is a folder; resolved by ``plan``.
+        vae_revision: Hash of the files that the VAE is loaded from when they are in a folder; resolved by ``plan``.
+        text_revision: As ``vae_revision``, of the tokenizers and text encoders.
         scheduler: How the denoiser's noise schedule is read; unset in the caches' sections, which ask nothing of it.
     """
 
@@ -47,45 +50,21 @@ class ModelRef(Section):
     variant: str = ""
     vae_path: str = ""
     vae_revision: str = ""
+    text_revision: str = ""
     scheduler: SchedulerChange = SchedulerChange()
 
+    def vae_identity(self) -> tuple[str, ...]:
+        """What latents depend on: the VAE's contents wherever they lie, or a hub repository and its revision."""
+        own = self.vae_path in ("", self.path)
+        variant = self.variant if own else ""
+        if self.vae_revision:
+            return self.family, self.vae_revision, variant
+        return (self.family, self.path, self.revision, variant) if own else (self.family, self.vae_path)
 
-class DatasetSource(Section):
-    """Where one dataset's pictures and captions come from (an entry of the data file).
-
-    Attributes:
-        id: Unique name of the backend.
-        dataset_type: ``image`` is trained on, ``eval`` is held out.
-        type: Kind of storage.
-        instance_data_dir: Folder of a ``local`` dataset.
-        caption_strategy: ``filename``, ``textfile`` or ``instanceprompt``.
-        instance_prompt: One or several prompts for ``instanceprompt``, or to prepend.
-        prepend_instance_prompt: Caption becomes "instance_prompt caption".
-        only_instance_prompt: Caption becomes the instance prompt.
-        revision: Hash of the listing (names, sizes, modification times), resolved by ``plan``.
-    """
-
-    id: str
-    dataset_type: Literal["image", "eval"] = "image"
-    type: Literal["local"] = "local"
-    instance_data_dir: str
-    caption_strategy: Literal["filename", "textfile", "instanceprompt"] = "filename"
-    instance_prompt: tuple[str, ...] = ()
-    prepend_instance_prompt: bool = False
-    only_instance_prompt: bool = False
-    revision: str = ""
-
-
-class DownloadSection(Section):
-    """Settings of ``download_dataset``.
-
-    Attributes:
-        datasets: Sources, in the order of the data file.
-        max_skipped_share: Share of undecodable pictures in 0..1 above which the step fails.
-    """
-
-    datasets: tuple[DatasetSource, ...]
-    max_skipped_share: float = 0.1
+    def text_identity(self) -> tuple[str, ...]:
+        """As :meth:`vae_identity`, for text embeddings."""
+        place = (self.text_revision,) if self.text_revision else (self.path, self.revision)
+        return self.family, *place, self.variant
 
 
 class Geometry(Section):
@@ -96,8 +75,12 @@ class Geometry(Section):
         resolution_type: Unit of ``resolution`` and of the three sizes below.
         crop: Crop to ``crop_aspect``; without it only the alignment remainder is cut.
         crop_style: Where the crop lies.
-        crop_aspect: ``square`` puts every picture in bucket 1.0, ``preserve`` keeps its bucket.
+        crop_aspect: ``square`` puts every picture in bucket 1.0, ``preserve`` keeps its bucket, ``closest`` and
+            ``random`` choose one of ``crop_aspect_buckets``.
+        crop_aspect_buckets: Aspect ratios (width / height) with their weights; weights matter to ``random`` alone.
         minimum_image_size: Smaller pictures are skipped; ``None`` for no limit.
+        minimum_aspect_ratio: Buckets (width / height) below it are left out; ``None`` for no limit.
+        maximum_aspect_ratio: Buckets (width / height) above it are left out; ``None`` for no limit.
         maximum_image_size: With ``crop``, larger pictures are first brought to ``target_downsample_size``.
         target_downsample_size: See ``maximum_image_size``.
         aspect_bucket_alignment: Edges are multiples of this many pixels.
@@ -108,8 +91,11 @@ class Geometry(Section):
     resolution_type: Literal["pixel", "area", "pixel_area"] = "pixel_area"
     crop: bool = False
     crop_style: Literal["random", "center", "corner"] = "random"
-    crop_aspect: Literal["square", "preserve"] = "square"
+    crop_aspect: Literal["square", "preserve", "closest", "random"] = "square"
+    crop_aspect_buckets: tuple[tuple[float, float], ...] = ()
     minimum_image_size: float | None = None
+    minimum_aspect_ratio: float | None = None
+    maximum_aspect_ratio: float | None = None
     maximum_image_size: float | None = None
     target_downsample_size: float | None = None
     aspect_bucket_alignment: int = 64
@@ -129,7 +115,9 @@ class CacheVaeSection(Section):
     Attributes:
         seed: Seeds random crops and the posterior's sample, together with the picture's content.
         dtype: Stored dtype of latents.
-        vae_batch_size: Pictures encoded at once.
+        vae_batch_size: Pictures encoded at once; changes latents by rounding alone, no reason to encode anew.
+        vae_cache_moments: Keep mean and standard deviation of each picture's latents, so that training draws another
+            sample at every use, instead of one sample; twice the bytes.
     """
 
     SPEED_ONLY: ClassVar[frozenset[str]] = frozenset({"vae_batch_size"})
@@ -139,6 +127,11 @@ class CacheVaeSection(Section):
     seed: int = 0
     dtype: Literal["bf16", "fp32"] = "fp32"
     vae_batch_size: int = 4
+    vae_cache_moments: bool = False
+
+    def deciding(self) -> dict[str, object]:
+        """Of the model, the VAE alone."""
+        return super().deciding() | {"model": self.model.vae_identity()}
 
 
 class CacheTextSection(Section):
@@ -149,6 +142,7 @@ class CacheTextSection(Section):
         instruction: Sana's complex human instruction, empty for none; ignored by other families.
         clean_caption: PixArt's caption cleaning.
         dtype: Stored dtype of embeddings.
+        captions: What is done to captions first, of the datasets whose captions are changed.
         text_encoder_batch_size: Texts encoded at once.
     """
 
@@ -159,7 +153,16 @@ class CacheTextSection(Section):
     instruction: str = ""
     clean_caption: bool = True
     dtype: Literal["bf16", "fp32"] = "fp32"
+    captions: tuple[DatasetCaptions, ...] = ()
     text_encoder_batch_size: int = 16
+
+    def encoding(self) -> dict[str, object]:
+        """The settings that decide a text's embedding: without ``captions``, which decide what the texts are."""
+        return {name: value for name, value in self.deciding().items() if name != "captions"}
+
+    def deciding(self) -> dict[str, object]:
+        """Of the model, tokenizers and text encoders alone."""
+        return super().deciding() | {"model": self.model.text_identity()}
 
 
 class LoraSettings(Section):
@@ -181,11 +184,22 @@ class LoraSettings(Section):
 
 
 class DatasetSampling(Section):
-    """How often a dataset is drawn from. ``repeats`` counts extra passes per epoch; 0 is one pass."""
+    """How often and when a dataset is drawn from.
+
+    Attributes:
+        repeats: Extra passes per epoch; 0 is one pass.
+        probability: Weight against the other datasets (``data_backend_sampling``).
+        start_step: First optimizer step that draws from it, from 1; 0 is the same as 1.
+        end_step: Last optimizer step that draws from it; ``None`` for no end.
+        is_regularisation_data: A LoRA's target is the base model's own prediction instead of the noise.
+    """
 
     id: str
     repeats: int = 0
     probability: float = 1.0
+    start_step: int = 0
+    end_step: int | None = None
+    is_regularisation_data: bool = False
 
 
 class TrainSection(Section):

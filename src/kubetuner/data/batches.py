@@ -2,12 +2,15 @@
 
 Every batch is a function of the seed and its position alone, so a resumed run needs no sampler state. An epoch visits
 each sample ``repeats + 1`` times, except those that do not fill a batch of their bucket; who they are changes with the
-epoch's shuffle.
+epoch's shuffle. A bucket that cannot fill one batch is never visited, which the log says. Where a dataset comes or goes
+(``start_step``, ``end_step``), a new epoch begins.
 """
 
+import logging
+import math
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +24,23 @@ from kubetuner.artifacts import (
     TextEmbedsArtifact,
     TextRow,
     read_artifact,
-    read_rows,
     verify_files,
 )
+from kubetuner.config.schedule import stages, weights
 from kubetuner.config.sections import DatasetSampling, TrainSection
+from kubetuner.data.latents import draw_latents, latent_names
+from kubetuner.data.rows import Positions, RowFile
 from kubetuner.data.shards import ShardReader
 from kubetuner.errors import ArtifactError, DatasetError
 from kubetuner.store import resolve_store
 
-# Encoded samples below this size in all stay in memory after their first use.
-MEMORY_BUDGET_BYTES = 2 << 30
+logger = logging.getLogger(__name__)
+
+Size = tuple[int, int]
+
+# Encoded samples below this size in all stay in memory after their first use. That spares small datasets every read;
+# the shards of large ones are memory-mapped and stay in the page cache as far as there is room.
+MEMORY_BUDGET_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -48,12 +58,29 @@ class Batch:
     texts: tuple[dict[str, Tensor] | None, ...]
 
 
+@dataclass(frozen=True)
+class _Stretch:
+    """Micro-steps that draw from the same datasets.
+
+    Attributes:
+        start: Its first micro-step, from 0.
+        epoch: Number of its first epoch; epochs are counted through the whole run.
+        datasets: What is drawn from.
+        batches: Micro-steps per epoch.
+    """
+
+    start: int
+    epoch: int
+    datasets: tuple[str, ...]
+    batches: int
+
+
 class Batches:
     """The batches of a training run over encoded datasets.
 
     Raises:
         ArtifactError: The caches are damaged or were made of different datasets.
-        DatasetError: A dataset cannot fill one batch.
+        DatasetError: Datasets cannot fill one batch; names each of them.
     """
 
     def __init__(
@@ -61,60 +88,87 @@ class Batches:
     ) -> None:
         self._section = section
         self._samples = EncodedSamples(latents, text_embeds, text_tensors)
-        self._buckets = _buckets(section, self._samples.rows)
+        self._buckets = _buckets(section, self._samples)
         self.null = self._samples.text("")
-        self.batches_per_epoch = sum(
-            len(rows) // section.train_batch_size for buckets in self._buckets.values() for rows in buckets
-        )
-        self._epoch: tuple[int, list[tuple[LatentRow, ...]]] = (-1, [])
+        self._stretches = self._plan_stretches()
+        self.batches_per_epoch = self._stretches[0].batches
+        self._epoch: tuple[int, list[tuple[int, ...]]] = (-1, [])
 
     def batch(self, step: int, micro: int) -> Batch:
         """The batch of micro-step ``micro`` of optimizer step ``step``, both counted from 0."""
+        self._samples.renew_claims()
         position = step * self._section.gradient_accumulation_steps + micro
-        epoch, index = divmod(position, self.batches_per_epoch)
+        stretch = self._stretch(position)
+        passed, index = divmod(position - stretch.start, stretch.batches)
+        epoch = stretch.epoch + passed
         if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._shuffled(epoch))
-        rows = self._epoch[1][index]
+            self._epoch = (epoch, self._shuffled(stretch, epoch))
+        rows = tuple(self._samples.rows[row] for row in self._epoch[1][index])
         texts = tuple(self._caption(row, position, place) for place, row in enumerate(rows))
-        return Batch(rows, torch.stack([self._samples.latents(row) for row in rows]), texts)
+        posterior = torch.Generator().manual_seed(
+            random.Random(f"{self._section.seed}/latents/{position}").getrandbits(63)
+        )
+        return Batch(rows, torch.stack([self._samples.latents(row, posterior) for row in rows]), texts)
+
+    def epochs(self, micro_steps: int) -> float:
+        """Epochs gone through after that many micro-steps, at least 1 of them."""
+        stretch = self._stretch(micro_steps - 1)
+        return stretch.epoch + (micro_steps - stretch.start) / stretch.batches
+
+    def _plan_stretches(self) -> list[_Stretch]:
+        size, accumulation = self._section.train_batch_size, self._section.gradient_accumulation_steps
+        lengths = {name: sum(len(rows) // size for rows in buckets) for name, buckets in self._buckets.items()}
+        found: list[_Stretch] = []
+        epoch = 0
+        for stage in stages(self._section.datasets):
+            batches = sum(lengths[name] for name in stage.datasets)
+            found.append(_Stretch((stage.first - 1) * accumulation, epoch, stage.datasets, batches))
+            if stage.last is not None and batches:
+                epoch += math.ceil((stage.last - stage.first + 1) * accumulation / batches)
+        return found
+
+    def _stretch(self, position: int) -> _Stretch:
+        """The stretch that a micro-step lies in."""
+        stretch = next(one for one in reversed(self._stretches) if one.start <= position)
+        if not stretch.batches:
+            step = position // self._section.gradient_accumulation_steps + 1
+            raise DatasetError(f"no dataset is drawn from in step {step}; correct start_step and end_step and run plan")
+        return stretch
 
     def _caption(self, row: LatentRow, position: int, place: int) -> dict[str, Tensor] | None:
         chance = random.Random(f"{self._section.seed}/caption/{position}/{place}")
         if chance.random() < self._section.caption_dropout_probability:
             return None
-        return self._samples.text(chance.choice(self._samples.captions[row.sample]))
+        return self._samples.text(chance.choice(self._samples.captions(row.sample)))
 
-    def _shuffled(self, epoch: int) -> list[tuple[LatentRow, ...]]:
+    def _shuffled(self, stretch: _Stretch, epoch: int) -> list[tuple[int, ...]]:
         """All batches of an epoch. Datasets take turns by chance until each has run out."""
-        queues = {name: self._dataset_batches(name, epoch) for name in self._buckets}
-        weights = self._weights(queues)
+        queues = {name: self._dataset_batches(name, epoch) for name in stretch.datasets}
+        weight = weights(self._section, {name: len(queue) for name, queue in queues.items()})
         chance = random.Random(f"{self._section.seed}/datasets/{epoch}")
-        batches: list[tuple[LatentRow, ...]] = []
+        batches: list[tuple[int, ...]] = []
         while left := [name for name, queue in queues.items() if queue]:
-            chosen = chance.choices(left, [weights[name] for name in left])[0]
+            chosen = chance.choices(left, [weight[name] for name in left])[0]
             batches.append(queues[chosen].pop())
         return batches
 
-    def _dataset_batches(self, dataset: str, epoch: int) -> list[tuple[LatentRow, ...]]:
+    def _dataset_batches(self, dataset: str, epoch: int) -> list[tuple[int, ...]]:
         size = self._section.train_batch_size
         chance = random.Random(f"{self._section.seed}/samples/{dataset}/{epoch}")
-        batches: list[tuple[LatentRow, ...]] = []
+        batches: list[tuple[int, ...]] = []
         for rows in self._buckets[dataset]:
             shuffled = chance.sample(rows, len(rows))
             batches += [tuple(shuffled[start : start + size]) for start in range(0, len(rows) - size + 1, size)]
         chance.shuffle(batches)
         return batches
 
-    def _weights(self, queues: dict[str, list[tuple[LatentRow, ...]]]) -> dict[str, float]:
-        """``data_backend_sampling``: auto-weighting is probability times length, uniform is probability alone."""
-        probability = {dataset.id: dataset.probability for dataset in self._section.datasets}
-        if self._section.data_backend_sampling == "uniform":
-            return {name: probability[name] for name in queues}
-        return {name: probability[name] * len(queue) for name, queue in queues.items()}
-
 
 class EncodedSamples:
-    """Latents and text embeddings of all shards, by sample and by text.
+    """Latents and text embeddings of all shards, by sample and by text; their rows stay on disk.
+
+    Attributes:
+        rows: The samples, by position.
+        groups: Dataset → target size → positions in ``rows``, in the order of the samples' ids.
 
     Raises:
         ArtifactError: They are damaged, or made of different datasets.
@@ -123,42 +177,68 @@ class EncodedSamples:
     def __init__(self, latents: Sequence[Path], text_embeds: Sequence[Path], text_tensors: Sequence[str]) -> None:
         self._names = tuple(text_tensors)
         self._readers: dict[str, ShardReader] = {}
-        self._texts: dict[str, TextRow] = {}
+        self._latent_names: dict[str, tuple[str, ...]] = {}
         self._kept: dict[tuple[str, str], dict[str, Tensor]] = {}
         self._kept_bytes = 0
-        self.rows: list[LatentRow] = []
-        self.captions: dict[str, tuple[str, ...]] = {}
+        self.rows = RowFile(LatentRow)
+        self.groups: dict[str, dict[Size, list[int]]] = defaultdict(lambda: defaultdict(list))
+        self._captions = RowFile(CaptionRow)
+        self._texts = RowFile(TextRow)
         parents: dict[str, Path] = {}
-        for folder in latents:
-            artifact = read_artifact(folder, LatentsArtifact)
-            self._open(folder, artifact)
-            parents.setdefault(artifact.parents[0], folder)
-            self.rows += read_rows(folder, "latents.jsonl", LatentRow)
+        samples, skipped = self._read_latents(latents, parents)
+        captioned: list[str] = []
         for folder in text_embeds:
             embeds = read_artifact(folder, TextEmbedsArtifact)
             self._open(folder, embeds)
             parents.setdefault(embeds.parents[0], folder)
-            self.captions.update((row.sample, row.texts) for row in read_rows(folder, "captions.jsonl", CaptionRow))
-            self._texts.update((row.text, row) for row in read_rows(folder, "texts.jsonl", TextRow))
+            captioned += [row.sample for _, row in self._captions.add(folder / "captions.jsonl")]
+        files = (folder / "texts.jsonl" for folder in text_embeds)
+        self._text_places = Positions(row.text for file in files for _, row in self._texts.add(file))
+        self._caption_places = Positions(captioned)
         if len(parents) > 1:
             folders = " and ".join(str(folder) for folder in parents.values())
             raise ArtifactError(f"{folders} were made of different datasets; run cache_vae and cache_text_embeds again")
-        without = [row.sample for row in self.rows if row.sample not in self.captions]
-        if without:
-            raise ArtifactError(
-                f"{len(without)} samples such as {without[0]} have no caption; run cache_text_embeds again"
-            )
+        _check_pairs(samples, set(captioned), skipped)
 
-    def latents(self, row: LatentRow) -> Tensor:
-        """The latents of a sample, float32 ``[C, h, w]``."""
-        return self._read(row.key, row.shard, ("latents",))["latents"]
+    def _read_latents(self, folders: Sequence[Path], parents: dict[str, Path]) -> tuple[list[str], set[str]]:
+        """Open the latents; returns the samples' ids by position, and those that were skipped."""
+        samples: list[str] = []
+        skipped: set[str] = set()
+        for folder in folders:
+            artifact = read_artifact(folder, LatentsArtifact)
+            self._open(folder, artifact)
+            self._latent_names.update((shard.file, latent_names(artifact)) for shard in artifact.shards)
+            parents.setdefault(artifact.parents[0], folder)
+            for position, row in self.rows.add(folder / "latents.jsonl"):
+                samples.append(row.sample)
+                self.groups[row.dataset][row.target_size].append(position)
+            skipped |= {skip.name for skip in artifact.skipped}
+        for sizes in self.groups.values():
+            for positions in sizes.values():
+                positions.sort(key=samples.__getitem__)
+        return samples, skipped
+
+    def captions(self, sample: str) -> tuple[str, ...]:
+        """The captions of a sample."""
+        found = (self._captions[position] for position in self._caption_places.of(sample))
+        return next(row.texts for row in found if row.sample == sample)
+
+    def latents(self, row: LatentRow, posterior: torch.Generator) -> Tensor:
+        """The latents of a sample, float32 ``[C, h, w]``; drawn by ``posterior`` where the cache holds moments."""
+        return draw_latents(self._read(row.key, row.shard, self._latent_names[row.shard]), posterior)
 
     def text(self, text: str) -> dict[str, Tensor]:
         """The embedding of a caption by tensor name; floating tensors are float32."""
-        if text not in self._texts:
+        found = (self._texts[position] for position in self._text_places.of(text))
+        row = next((row for row in found if row.text == text), None)
+        if row is None:
             raise ArtifactError(f"no embedding of {text!r}; run cache_text_embeds again")
-        row = self._texts[text]
         return self._read(row.key, row.shard, self._names)
+
+    def renew_claims(self) -> None:
+        """Keep the shards from being collected as garbage while training takes days."""
+        for reader in set(self._readers.values()):
+            reader.renew_claims()
 
     def _open(self, folder: Path, artifact: LatentsArtifact | TextEmbedsArtifact) -> None:
         verify_files(folder, artifact)
@@ -182,28 +262,48 @@ def _float(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _buckets(section: TrainSection, rows: Sequence[LatentRow]) -> dict[str, list[list[LatentRow]]]:
-    """Dataset → its buckets with repeats, those that fill a batch."""
-    found: dict[str, list[list[LatentRow]]] = {}
+def _check_pairs(samples: Sequence[str], captioned: set[str], skipped: set[str]) -> None:
+    """Refuse samples that have latents and no caption, or a caption and no latents."""
+    without = [sample for sample in samples if sample not in captioned]
+    if without:
+        raise ArtifactError(f"{len(without)} samples such as {without[0]} have no caption; run cache_text_embeds again")
+    without = sorted(captioned - set(samples) - skipped)
+    if without:
+        raise ArtifactError(
+            f"{len(without)} samples such as {without[0]} have captions and no latents; give the latents of all "
+            "shards, or run cache_vae again"
+        )
+
+
+def _buckets(section: TrainSection, samples: EncodedSamples) -> dict[str, list[list[int]]]:
+    """Dataset → its buckets with repeats, those that fill a batch; samples by position."""
+    found: dict[str, list[list[int]]] = {}
+    problems: list[str] = []
     for dataset in section.datasets:
-        groups: dict[tuple[int, int], list[LatentRow]] = defaultdict(list)
-        for row in sorted(rows, key=lambda row: row.sample):
-            if row.dataset == dataset.id:
-                groups[row.target_size].append(row)
-        repeated = [groups[size] * (dataset.repeats + 1) for size in sorted(groups)]
-        full = [bucket for bucket in repeated if len(bucket) >= section.train_batch_size]
+        groups = samples.groups.get(dataset.id, {})
+        repeated = {size: groups[size] * (dataset.repeats + 1) for size in sorted(groups)}
+        full = {size: bucket for size, bucket in repeated.items() if len(bucket) >= section.train_batch_size}
+        found[dataset.id] = list(full.values())
         if not full:
-            raise DatasetError(_too_small(dataset, groups, section.train_batch_size))
-        found[dataset.id] = full
+            problems.append(_too_small(dataset, groups, section.train_batch_size))
+            continue
+        for width, height in sorted(repeated.keys() - full.keys()):
+            logger.warning(
+                "dataset %s: the %d samples of bucket %dx%d, used %d time(s) each, do not fill a batch of %d: left out",
+                dataset.id, len(groups[width, height]), width, height, dataset.repeats + 1, section.train_batch_size,
+            )  # fmt: skip
+    if problems:
+        raise DatasetError("; ".join(problems))
     return found
 
 
-def _too_small(dataset: DatasetSampling, groups: dict[tuple[int, int], list[LatentRow]], size: int) -> str:
+def _too_small(dataset: DatasetSampling, groups: Mapping[Size, list[int]], size: int) -> str:
     if not groups:
         return f"dataset {dataset.id!r} has no usable samples"
     counts = ", ".join(f"{w}x{h}: {len(rows)}" for (w, h), rows in sorted(groups.items()))
     most = max(len(rows) for rows in groups.values())
     return (
         f"dataset {dataset.id!r} cannot fill one batch of {size}: its buckets hold {counts} samples, used "
-        f"{dataset.repeats + 1} time(s) each; set repeats to {-(-size // most) - 1} or train_batch_size to {most}"
+        f"{dataset.repeats + 1} time(s) each; set repeats to {-(-size // most) - 1} or train_batch_size to "
+        f"{most * (dataset.repeats + 1)}"
     )

@@ -1,9 +1,10 @@
 """The captions of a picture, by ``caption_strategy``."""
 
-from pathlib import Path
+from pathlib import PurePosixPath
 
-from kubetuner.config.sections import DatasetSource
+from kubetuner.config.source_sections import DatasetSource
 from kubetuner.errors import DatasetError
+from kubetuner.sources.base import Item, ItemError, Listing, Source
 
 
 class CaptionError(DatasetError):
@@ -14,44 +15,62 @@ class CaptionError(DatasetError):
         super().__init__(reason)
 
 
-def captions_for(source: DatasetSource, picture: Path, root: Path) -> tuple[str, ...]:
+def captions_for(settings: DatasetSource, picture: Item, listing: Listing, source: Source) -> tuple[str, ...]:
     """Captions of ``picture``, at least one; several are alternatives. An empty caption is a caption.
 
     Args:
-        source: The dataset's settings.
-        picture: The picture's path, below ``root``.
-        root: The dataset's folder; reasons name files relative to it.
+        settings: The dataset's settings.
+        picture: A picture of ``listing``.
+        listing: Where the file beside the picture is looked up.
+        source: Reads that file.
 
     Raises:
-        CaptionError: The caption file is missing or not UTF-8, or there is no ``instance_prompt`` to use.
+        CaptionError: The caption file is missing or not UTF-8, the source holds no caption, or there is no
+            ``instance_prompt`` to use.
+        DatasetError: The source fails.
     """
     needs_prompt = (
-        source.caption_strategy == "instanceprompt" or source.only_instance_prompt or source.prepend_instance_prompt
+        settings.caption_strategy == "instanceprompt"
+        or settings.only_instance_prompt
+        or settings.prepend_instance_prompt
     )
-    if needs_prompt and not source.instance_prompt:
-        raise CaptionError(f"dataset {source.id!r} has no instance_prompt, which its caption settings need")
-    if source.caption_strategy == "instanceprompt" or source.only_instance_prompt:
-        return source.instance_prompt
-    own = _from_textfile(picture, root) if source.caption_strategy == "textfile" else (_from_filename(picture),)
-    if source.prepend_instance_prompt:
-        return tuple(f"{prompt} {caption}".strip() for prompt in source.instance_prompt for caption in own)
+    if needs_prompt and not settings.instance_prompt:
+        raise CaptionError(f"dataset {settings.id!r} has no instance_prompt, which its caption settings need")
+    if settings.caption_strategy == "instanceprompt" or settings.only_instance_prompt:
+        return settings.instance_prompt
+    own = _own(settings, picture, listing, source)
+    if settings.prepend_instance_prompt:
+        return tuple(f"{prompt} {caption}".strip() for prompt in settings.instance_prompt for caption in own)
     return own
 
 
-def _from_filename(picture: Path) -> str:
-    return picture.stem.replace("_", " ").strip()
+def text_name(picture: Item) -> str:
+    """Name of the caption file beside ``picture``."""
+    return picture.name.rpartition(".")[0] + ".txt"
 
 
-def _from_textfile(picture: Path, root: Path) -> tuple[str, ...]:
-    path = picture.with_suffix(".txt")
-    name = path.relative_to(root).as_posix()
+def _own(settings: DatasetSource, picture: Item, listing: Listing, source: Source) -> tuple[str, ...]:
+    if settings.caption_strategy == "textfile":
+        return _from_textfile(settings, picture, listing, source)
+    if settings.caption_strategy == "filename":
+        return (PurePosixPath(picture.name).stem.replace("_", " ").strip(),)
+    if picture.captions is None:
+        raise CaptionError(f"{source.place} holds no caption for it")
+    return picture.captions
+
+
+def _from_textfile(settings: DatasetSource, picture: Item, listing: Listing, source: Source) -> tuple[str, ...]:
+    name = text_name(picture)
+    file = listing.texts.get(name)
+    if file is None:
+        raise CaptionError(f"caption file {name} is missing")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise CaptionError(f"caption file {name} is missing") from error
+        text = source.read(file).decode("utf-8-sig")
+    except ItemError as error:
+        raise CaptionError(f"caption file {name} {error.reason}") from error
     except UnicodeDecodeError as error:
         raise CaptionError(f"caption file {name} is not UTF-8 ({error.reason} at byte {error.start})") from error
-    except OSError as error:
-        raise CaptionError(f"caption file {name} cannot be read ({error.strerror or error})") from error
-    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
+    # Only newlines part captions, as in SimpleTuner; str.splitlines would also cut at U+2028 and other rare signs.
+    parts = [text] if settings.disable_multiline_split else text.split("\n")
+    lines = tuple(line.strip() for line in parts if line.strip())
     return lines or ("",)

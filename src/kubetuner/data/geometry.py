@@ -4,13 +4,16 @@ The arithmetic is SimpleTuner's: edges are rounded half-to-even to a multiple of
 comes from the *rounded* aspect ratio and the size before the crop (the intermediary size) from the unrounded one.
 Sizes are (width, height), crops are (top, left).
 
-Two things differ on purpose. A crop's offsets are always those that are really cut, also for random crops. And of the
+Three things differ on purpose. A crop's offsets are always those that are really cut, also for random crops. Of the
 pictures in a cropped dataset only those above ``maximum_image_size`` are brought to ``target_downsample_size`` first.
+And ``crop_aspect`` random chooses by a picture's key, so that a plan can tell what a cache will hold.
 """
 
 import hashlib
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 
 from kubetuner.config.sections import Geometry
 
@@ -41,13 +44,15 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class TooSmall:
-    """The picture is below ``minimum_image_size``; ``reason`` says by how much."""
+class LeftOut:
+    """A limit of the dataset leaves the picture out; ``reason`` names the limit and by how much it is missed."""
 
     reason: str
 
 
-def place(geometry: Geometry, width: int, height: int, seed_key: str) -> Placement | TooSmall:
+def place(
+    geometry: Geometry, width: int, height: int, seed_key: str, aspect_key: str | None = None
+) -> Placement | LeftOut:
     """Place a picture of ``width`` x ``height`` pixels (EXIF orientation applied).
 
     Args:
@@ -55,38 +60,63 @@ def place(geometry: Geometry, width: int, height: int, seed_key: str) -> Placeme
         width: Pixels.
         height: Pixels.
         seed_key: Decides where a random crop lies; equal keys give equal crops.
+        aspect_key: Decides which aspect ratio ``crop_aspect`` random chooses: the picture's path in its dataset,
+            which the plan knows as well as the cache does. ``seed_key`` unless given.
     """
     if width < 1 or height < 1:
         raise ValueError(f"a picture of {width}x{height} pixels cannot be placed; both edges must be at least 1")
     reason = _too_small(geometry, width, height)
     if reason:
-        return TooSmall(reason)
-    target = target_size(geometry, width, height)
+        return LeftOut(reason)
+    target = target_size(geometry, width, height, seed_key if aspect_key is None else aspect_key)
+    bucket = round(target[0] / target[1], geometry.aspect_bucket_rounding)
+    reason = _wrong_aspect(geometry, bucket)
+    if reason:
+        return LeftOut(f"{width}x{height} pixels: {reason}")
     intermediary = _cover(target, width / height)
     if _is_downsampled_first(geometry, width, height):
-        larger = _cover(_bucket_size(geometry, _downsample_edge(geometry), width, height), width / height)
+        own = _aspect(geometry, width, height)
+        larger = _cover(_bucket_size(geometry, _downsample_edge(geometry), own), width / height)
         if larger[0] >= target[0] and larger[1] >= target[1]:
             intermediary = larger
     return Placement(
         intermediary_size=intermediary,
         crop=_crop_offsets(geometry, intermediary, target, seed_key),
         target_size=target,
-        bucket=str(round(target[0] / target[1], geometry.aspect_bucket_rounding)),
+        bucket=str(bucket),
     )
 
 
-def target_size(geometry: Geometry, width: int, height: int) -> Size:
+def target_size(geometry: Geometry, width: int, height: int, aspect_key: str = "") -> Size:
     """The (width, height) in pixels that a picture of ``width`` x ``height`` ends up with."""
     if geometry.crop and geometry.crop_aspect == "square":
         edge = _square_edge(geometry, geometry.resolution)
         return edge, edge
-    return _bucket_size(geometry, geometry.resolution, width, height)
+    aspect = _aspect(geometry, width, height)
+    if geometry.crop and geometry.crop_aspect == "closest":
+        aspect = min((listed for listed, _ in geometry.crop_aspect_buckets), key=lambda listed: abs(listed - aspect))
+    if geometry.crop and geometry.crop_aspect == "random":
+        aspect = _random_aspect(geometry, aspect_key)
+    return _bucket_size(geometry, geometry.resolution, aspect)
 
 
-def _bucket_size(geometry: Geometry, resolution: float, width: int, height: int) -> Size:
-    """The size of the bucket that the picture's own aspect ratio belongs to."""
+def _aspect(geometry: Geometry, width: int, height: int) -> float:
+    """The picture's own aspect ratio, rounded (``aspect_bucket_rounding``)."""
     decimals = geometry.aspect_bucket_rounding
-    aspect = max(round(width / height, decimals), 10.0**-decimals)  # never 0, however narrow the picture
+    return max(round(width / height, decimals), 10.0**-decimals)  # never 0, however narrow the picture
+
+
+def _random_aspect(geometry: Geometry, key: str) -> float:
+    """One of the listed aspect ratios, each as likely as its weight says; always the same for ``key``."""
+    digest = hashlib.sha256(b"aspect " + key.encode("utf-8", "surrogateescape")).digest()
+    bounds = list(accumulate(weight for _, weight in geometry.crop_aspect_buckets))
+    point = int.from_bytes(digest[:6], "big") / (1 << 48) * bounds[-1]  # 48 bits are exact in a float: never the end
+    return geometry.crop_aspect_buckets[bisect_right(bounds, point)][0]
+
+
+def _bucket_size(geometry: Geometry, resolution: float, aspect: float) -> Size:
+    """The size of the bucket that ``aspect``, a rounded aspect ratio, belongs to."""
+    decimals = geometry.aspect_bucket_rounding
     if geometry.resolution_type == "pixel":
         if aspect < 1:
             exact_width, exact_height = float(resolution), float(int(resolution / aspect))
@@ -155,6 +185,16 @@ def _too_small(geometry: Geometry, width: int, height: int) -> str:
     edge = int(math.sqrt(area))
     if geometry.crop and geometry.crop_aspect == "square" and min(width, height) < edge:
         return f"{got}: an edge is below {edge}, which square crops need for {wanted}"
+    return ""
+
+
+def _wrong_aspect(geometry: Geometry, bucket: float) -> str:
+    """Why ``bucket`` is outside the limits of aspect ratios, or nothing. Like SimpleTuner's, they judge buckets."""
+    least, most = geometry.minimum_aspect_ratio, geometry.maximum_aspect_ratio
+    if least is not None and bucket < least:
+        return f"aspect ratio {bucket:g} is below minimum_aspect_ratio {least:g}"
+    if most is not None and bucket > most:
+        return f"aspect ratio {bucket:g} is above maximum_aspect_ratio {most:g}"
     return ""
 
 

@@ -78,7 +78,11 @@ def open_picture(path: Path) -> Image.Image:
     Raises:
         PictureError: It is missing, damaged, too large or no picture.
     """
-    return _decode(read_picture(path), path)[0]
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PictureError(f"cannot be read ({error.strerror or error})", path) from error
+    return _decode(data, path)[0]
 
 
 def check_picture(data: bytes) -> PictureInfo:
@@ -91,19 +95,45 @@ def check_picture(data: bytes) -> PictureInfo:
     return PictureInfo(image.width, image.height, _EXTENSIONS.get(kind, kind))
 
 
-def measure(path: Path) -> tuple[int, int]:
-    """(width, height) of the upright picture, from its header where the format allows it.
+def measure(header: bytes) -> tuple[int, int]:
+    """(width, height) of the upright picture, from its first bytes; no pixels are decoded.
 
     Raises:
-        PictureError: The header is missing or damaged, or the picture is too large.
+        PictureError: The header is missing or damaged or goes on after these bytes, or the picture is too large.
     """
+    if not header:
+        raise PictureError("empty file")
+    if (size := _webp_size(header)) is not None:
+        return size
     try:
-        with path.open("rb") as stream, closing(Image.open(stream)) as image:
+        with closing(Image.open(io.BytesIO(header))) as image:
             _refuse_bomb(image)
             width, height = image.size
             return (height, width) if _orientation(image) in _TURNS_SIDEWAYS else (width, height)
     except (OSError, *_DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise PictureError(_explain(error), path) from error
+        raise PictureError(_explain(error)) from error
+
+
+def _webp_size(header: bytes) -> tuple[int, int] | None:
+    """(width, height) by the first chunk of a WebP file (RFC 9649), which Pillow only tells with the whole file.
+
+    ``None`` for other files, and where EXIF data at the file's end may turn the picture.
+    """
+    body = header[20:30]
+    if header[:4] != b"RIFF" or header[8:12] != b"WEBP" or len(body) < 10:
+        return None
+
+    def number(start: int, stop: int) -> int:
+        return int.from_bytes(body[start:stop], "little")
+
+    kind, size = header[12:16], None
+    if kind == b"VP8X" and not body[0] & 0x08:
+        size = (number(4, 7) + 1, number(7, 10) + 1)
+    elif kind == b"VP8L" and body[0] == 0x2F:
+        size = ((number(1, 5) & 0x3FFF) + 1, (number(1, 5) >> 14 & 0x3FFF) + 1)
+    elif kind == b"VP8 " and body[3:6] == b"\x9d\x01\x2a":
+        size = (number(6, 8) & 0x3FFF, number(8, 10) & 0x3FFF)
+    return size if size and 0 < size[0] * size[1] <= MAX_PIXELS else None
 
 
 def to_pixels(image: Image.Image, placement: Placement) -> "Tensor":
@@ -119,18 +149,6 @@ def to_pixels(image: Image.Image, placement: Placement) -> "Tensor":
     cut = image.crop((left, top, left + width, top + height))
     pixels = torch.frombuffer(bytearray(cut.tobytes()), dtype=torch.uint8).view(height, width, 3)
     return (pixels.permute(2, 0, 1).to(torch.float32) / 127.5 - 1.0).contiguous()
-
-
-def read_picture(path: Path) -> bytes:
-    """The bytes of ``path``.
-
-    Raises:
-        PictureError: It is missing or cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise PictureError(f"cannot be read ({error.strerror or error})", path) from error
 
 
 def _decode(data: bytes, path: Path | None) -> tuple[Image.Image, str]:
@@ -157,7 +175,8 @@ def _refuse_bomb(image: Image.Image) -> None:
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation; 1 where there is none or the EXIF block is damaged."""
     try:
-        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+        # Not image.getexif(): for PNG that decodes the pixels, in search of a block after them.
+        value = Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
     except _DAMAGE:
         return 1
     return value if isinstance(value, int) else 1
@@ -175,6 +194,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _explain(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
     if isinstance(error, UnidentifiedImageError):
         return "not a picture in a format that Pillow knows"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):

@@ -19,23 +19,29 @@ class ShardReader:
         self._open: dict[str, Any] = {}
 
     def verify(self, shards: Sequence[ShardEntry]) -> None:
-        """Check every shard's checksum.
+        """Claim every shard and check it; those dated as sound are hashed when they are first read.
 
         Raises:
             ArtifactError: A shard is missing or damaged.
         """
+        self._store.claim(shards)
         for shard in shards:
             self._store.verify(shard)
+
+    def renew_claims(self) -> None:
+        """See :meth:`~kubetuner.store.Store.renew_claims`."""
+        self._store.renew_claims()
 
     def tensors(self, key: str, shard: str, names: Sequence[str]) -> dict[str, Tensor]:
         """The tensors ``names`` of the sample ``key``, copied out of the shard, in their stored dtype.
 
         Raises:
-            ArtifactError: The shard is missing or does not hold the sample.
+            ArtifactError: The shard is missing, damaged or does not hold the sample.
         """
         handle = self._handle(shard)
         try:
-            return {name: handle.get_tensor(f"{key}.{name}") for name in names}
+            # safetensors gives views into the mapped file; what is done to one would show in the next read.
+            return {name: handle.get_tensor(f"{key}.{name}").clone() for name in names}
         except SafetensorError as error:
             raise ArtifactError(
                 f"{self._store.path(shard)} holds no sample {key[:12]} ({error}); run the caches again"
@@ -43,8 +49,6 @@ class ShardReader:
 
     def _handle(self, shard: str) -> Any:
         if shard not in self._open:
-            path = self._store.path(shard)
-            if not path.is_file():
-                raise ArtifactError(f"shard {path} is missing; run the step that caches it again")
-            self._open[shard] = safe_open(path, framework="pt")
+            self._store.verify_bytes(shard)
+            self._open[shard] = safe_open(self._store.path(shard), framework="pt")
         return self._open[shard]

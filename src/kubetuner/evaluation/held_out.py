@@ -17,10 +17,14 @@ from kubetuner.artifacts import (
     read_rows,
 )
 from kubetuner.config.sections import EvaluateSection
+from kubetuner.data.latents import draw_latents, key_generator, latent_names
 from kubetuner.data.shards import ShardReader
 from kubetuner.errors import ArtifactError
 from kubetuner.families.base import Named
 from kubetuner.store import resolve_store
+
+# Where a sample's latents are: the reader, their row and the tensors' names.
+_Place = tuple[ShardReader, LatentRow, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,8 @@ def read_held_out(
     Raises:
         ArtifactError: A sample has no caption, or a caption no embedding.
     """
-    places = [(reader, row) for reader, row in _latent_rows(latents) if row.dataset in section.eval_datasets]
-    chosen: list[tuple[ShardReader, LatentRow]] = []
+    places = [place for place in _latent_rows(latents) if place[1].dataset in section.eval_datasets]
+    chosen: list[_Place] = []
     for dataset in dict.fromkeys(section.eval_datasets):
         ranked = sorted((p for p in places if p[1].dataset == dataset), key=lambda p: _rank(p[1].sample))
         chosen.extend(ranked[: section.num_eval_images])
@@ -80,23 +84,23 @@ def read_held_out(
         return None
     texts = _read_texts(text_embeds)
     samples = []
-    for reader, row in chosen:
+    for reader, row, names in chosen:
         if not texts.captions.get(row.sample):
             raise ArtifactError(
                 f"{row.sample} has latents and no caption in the text embeds; were both made of one dataset?"
             )
-        tensor = reader.tensors(row.key, row.shard, ["latents"])["latents"]
+        drawn = draw_latents(reader.tensors(row.key, row.shard, names), key_generator(row.key))
         text = texts.tensors(texts.captions[row.sample][0], text_tensors)
-        samples.append(HeldOutSample(row, _single(tensor), text))
+        samples.append(HeldOutSample(row, drawn, text))
     return HeldOut(tuple(samples), texts.tensors("", text_tensors))
 
 
-def _latent_rows(folders: Sequence[Path]) -> Iterator[tuple[ShardReader, LatentRow]]:
+def _latent_rows(folders: Sequence[Path]) -> Iterator[_Place]:
     for folder in folders:
-        read_artifact(folder, LatentsArtifact)
+        names = latent_names(read_artifact(folder, LatentsArtifact))
         reader = ShardReader(resolve_store(folder))
         for row in read_rows(folder, "latents.jsonl", LatentRow):
-            yield reader, row
+            yield reader, row, names
 
 
 def _read_texts(folders: Sequence[Path]) -> _Texts:

@@ -16,6 +16,15 @@ def encode_kl(vae: Any, pixels: Tensor, noise: Tensor | None) -> Tensor:
     return scaled
 
 
+@torch.no_grad()
+def kl_moments(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the scaled latents of ``pixels``, float32."""
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    scale = vae.config.scaling_factor
+    return ((posterior.mean - shift) * scale).float(), (posterior.std * scale).float()
+
+
 def kl_latent_shape(vae: Any, height: int, width: int) -> tuple[int, int, int]:
     """(C, h, w) of the latents of a picture of that many pixels."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)

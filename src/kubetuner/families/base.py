@@ -56,6 +56,13 @@ class Family(Protocol):
         """Scaled latents float32 ``[B, C, h, w]`` of ``pixels``; ``noise`` of that shape samples the posterior (KL)."""
         ...
 
+    def encode_moments(self, vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the scaled latents, each float32 ``[B, C, h, w]``; zeros without a posterior.
+
+        ``mean + std * noise`` is what :meth:`encode_pixels` gives for that noise.
+        """
+        ...
+
     def latent_shape(self, vae: nn.Module, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a picture of that many pixels."""
         ...

@@ -1,6 +1,8 @@
 """LoRA adapters through peft, injected in place: the denoiser keeps its class."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,24 @@ def lora_metadata(denoiser: nn.Module) -> dict[str, Any]:
     config: Any = denoiser.peft_config
     values = config[ADAPTER].to_dict()
     return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
+
+
+@contextmanager
+def without_adapter(denoiser: nn.Module) -> Iterator[None]:
+    """The base model alone, in eval mode; afterwards the adapter and the mode are as before."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+    was_training = denoiser.training
+    denoiser.eval()
+    for layer in layers:
+        layer.enable_adapters(enabled=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(enabled=True)
+        denoiser.train(was_training)
 
 
 def save_peft_folder(folder: Path, denoiser: nn.Module) -> None:

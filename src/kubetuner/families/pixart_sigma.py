@@ -14,7 +14,7 @@ from kubetuner.config.objective import ProcessSettings
 from kubetuner.config.sections import CacheTextSection, EvaluateSection, LoraSettings, ModelRef
 from kubetuner.diffusion.epsilon import EpsilonProcess
 from kubetuner.families import loading, lora, noise
-from kubetuner.families.autoencoders import encode_kl, kl_latent_shape
+from kubetuner.families.autoencoders import encode_kl, kl_latent_shape, kl_moments
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
 from kubetuner.families.text import TextEncoder, encode_at_length, pad_together
@@ -44,6 +44,10 @@ class PixArtSigma:
     def encode_pixels(self, vae: nn.Module, pixels: Tensor, noise: Tensor | None) -> Tensor:
         """See :class:`~kubetuner.families.base.Family`."""
         return encode_kl(vae, pixels, noise)
+
+    def encode_moments(self, vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`~kubetuner.families.base.Family`."""
+        return kl_moments(vae, pixels)
 
     def latent_shape(self, vae: nn.Module, height: int, width: int) -> tuple[int, int, int]:
         """See :class:`~kubetuner.families.base.Family`."""

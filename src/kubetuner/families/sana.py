@@ -44,6 +44,11 @@ class Sana:
         latents: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent * vae.config.scaling_factor
         return latents.float()
 
+    def encode_moments(self, vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents, and zeros: this autoencoder gives no distribution."""
+        latents = self.encode_pixels(vae, pixels, None)
+        return latents, torch.zeros_like(latents)
+
     def latent_shape(self, vae: Any, height: int, width: int) -> tuple[int, int, int]:
         """See :class:`~kubetuner.families.base.Family`."""
         factor = 2 ** (len(vae.config.encoder_block_out_channels) - 1)

@@ -1,11 +1,18 @@
-"""Sequences of different lengths: encode them in order of length, keep what counts, pad them again in batches."""
+"""Sequences of different lengths: encode those of a length together, keep what counts, pad them again in batches.
 
+Kernels are chosen by the shape of a batch, so the last bits of an embedding depend on that shape, though not on the
+other texts. Here the shape follows from the text alone: its length is rounded up and batches are filled up.
+"""
+
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+ItemT = TypeVar("ItemT")
 
 PAD_TO = 8
 
@@ -22,7 +29,7 @@ class TextEncoder:
 def encode_at_length(encoder: TextEncoder, texts: Sequence[str], max_length: int, batch_size: int) -> list[Tensor]:
     """Last hidden states ``[tokens, D]`` per text on CPU, float32, without padding.
 
-    Neighbours in length are encoded together, so little is padded. Masked padding changes nothing but the last bits.
+    Texts of about one length are encoded together, so little is padded; whatever the others, a result is the same.
     """
     tokenizer, model = encoder.tokenizer, encoder.model
     device = next(model.parameters()).device
@@ -30,11 +37,10 @@ def encode_at_length(encoder: TextEncoder, texts: Sequence[str], max_length: int
         tokenizer(text, truncation=True, max_length=max_length, add_special_tokens=True).input_ids for text in texts
     ]
     states: dict[int, Tensor] = {}
-    for places in _by_length([len(row) for row in ids], batch_size):
-        longest = len(ids[places[-1]])
-        input_ids = torch.full((len(places), longest), int(tokenizer.pad_token_id))
+    for length, places in _by_length([len(row) for row in ids], batch_size):
+        input_ids = torch.full((batch_size, length), int(tokenizer.pad_token_id))
         mask = torch.zeros_like(input_ids)
-        for row, place in enumerate(places):
+        for row, place in enumerate(_filled(places, batch_size)):
             input_ids[row, : len(ids[place])] = torch.tensor(ids[place])
             mask[row, : len(ids[place])] = 1
         hidden = model(input_ids.to(device), attention_mask=mask.to(device))[0]
@@ -58,11 +64,20 @@ def pad_together(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def in_batches(
     encode: Callable[[Sequence[str]], list[dict[str, Tensor]]], texts: Sequence[str], batch_size: int
 ) -> list[dict[str, Tensor]]:
-    """``encode`` applied to ``batch_size`` texts at a time."""
-    return [named for at in range(0, len(texts), batch_size) for named in encode(texts[at : at + batch_size])]
+    """``encode`` applied to exactly ``batch_size`` texts at a time."""
+    batches = (texts[at : at + batch_size] for at in range(0, len(texts), batch_size))
+    return [named for batch in batches for named in encode(_filled(batch, batch_size))[: len(batch)]]
 
 
-def _by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for at in range(0, len(order), batch_size):
-        yield order[at : at + batch_size]
+def _by_length(lengths: Sequence[int], batch_size: int) -> Iterator[tuple[int, list[int]]]:
+    """Length to pad to and at most ``batch_size`` places of that length."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for place, length in enumerate(lengths):
+        groups[-(-length // PAD_TO) * PAD_TO].append(place)
+    for length, places in sorted(groups.items()):
+        for at in range(0, len(places), batch_size):
+            yield length, places[at : at + batch_size]
+
+
+def _filled(batch: Sequence[ItemT], size: int) -> list[ItemT]:
+    return [*batch, *[batch[-1]] * (size - len(batch))]

@@ -1,55 +1,90 @@
-"""Pictures in a folder.
+"""Pictures in a folder (``type: local``).
 
-Files and folders whose names start with a dot are left out (editors and notebooks keep copies there). Links are
-followed, as volumes mounted from Kubernetes are made of them.
+Links are followed, as volumes mounted from Kubernetes are made of them.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from kubetuner.config.source_sections import DatasetSource
 from kubetuner.errors import DatasetError
-
-PICTURE_EXTENSIONS = frozenset(
-    {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".jp2"}
-)
-CAPTION_EXTENSIONS = frozenset({".txt"})
+from kubetuner.sources.base import Item, ItemError, Listing, folder_listing, is_picture, is_text
 
 
-def list_pictures(root: Path) -> tuple[Path, ...]:
-    """Every picture below ``root``, by extension, sorted by its path relative to ``root``.
+class LocalSource:
+    """The folder ``instance_data_dir``."""
 
-    Raises:
-        DatasetError: ``root`` is no folder, or a folder below it cannot be listed.
-    """
-    return tuple(_files(root, PICTURE_EXTENSIONS))
+    key = "instance_data_dir"
+    readers = os.cpu_count() or 1
 
+    def __init__(self, settings: DatasetSource) -> None:
+        self._root = Path(settings.instance_data_dir)
+        self.place = str(self._root)
 
-def listing_revision(root: Path) -> str:
-    """SHA-256 (hex) over name, size and modification time of every picture and caption file below ``root``.
+    def listing(self) -> Listing:
+        """See :class:`Source`."""
+        if not self._root.is_dir():
+            raise DatasetError(f"{self._root} is not a folder; check {self.key}")
+        names = (path.relative_to(self._root).as_posix() for path in _walk(self._root, ()))
+        return folder_listing(self._item(name) for name in names if is_picture(name) or is_text(name))
 
-    Raises:
-        DatasetError: ``root`` is no folder, or a folder below it cannot be listed.
-    """
-    digest = hashlib.sha256()
-    for path in _files(root, PICTURE_EXTENSIONS | CAPTION_EXTENSIONS):
+    def _item(self, name: str) -> Item:
         try:
-            status = path.stat()
-        except OSError as error:
-            raise DatasetError(
-                f"{path} cannot be read ({error.strerror or error}); check the link or rights"
-            ) from error
-        name = os.fsencode(path.relative_to(root).as_posix())
-        digest.update(b"%d %d %d " % (len(name), status.st_size, status.st_mtime_ns) + name)
-    return digest.hexdigest()
+            return file_item(self._root, name)
+        except DatasetError:  # a link to nothing: one picture that cannot be read, and no reason to stop the rest
+            return Item(name)
+
+    def read(self, item: Item) -> bytes:
+        """See :class:`Source`."""
+        return read_file(self._root, item)
+
+    def header(self, item: Item, length: int) -> bytes:
+        """See :class:`Source`."""
+        return read_file(self._root, item, length)
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
-def _files(root: Path, extensions: frozenset[str]) -> list[Path]:
-    if not root.is_dir():
-        raise DatasetError(f"{root} is not a folder; check instance_data_dir")
-    found = (path for path in _walk(root, ()) if path.suffix.lower() in extensions)
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+def file_item(root: Path, name: str) -> Item:
+    """The file ``name`` below ``root``; its version is its modification time.
+
+    Raises:
+        DatasetError: It is a link to nothing, or may not be looked at.
+    """
+    try:
+        status = (root / name).stat()
+    except OSError as error:
+        raise DatasetError(
+            f"{root / name} cannot be read ({error.strerror or error}); check the link or rights"
+        ) from error
+    return Item(name, status.st_size, str(status.st_mtime_ns), status.st_mtime_ns)
+
+
+def read_file(root: Path, item: Item, length: int = -1) -> bytes:
+    """The first ``length`` bytes of ``item`` below ``root``, all of them when negative.
+
+    Raises:
+        ItemError: It cannot be read.
+        DatasetError: It was written since it was listed.
+    """
+    try:
+        with (root / item.name).open("rb") as file:
+            data = file.read(length)
+            status = os.fstat(file.fileno())
+    except OSError as error:
+        raise ItemError(f"cannot be read ({error.strerror or error})") from error
+    if (str(status.st_mtime_ns), status.st_size) != (item.version, item.size):
+        raise DatasetError(f"{root / item.name} was replaced while the step ran; run it again")
+    return data
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle; whoever opens the file tells of it
+        return False
 
 
 def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
@@ -64,7 +99,7 @@ def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _walk(folder / entry.name, (*above, real))
         else:
             yield folder / entry.name

@@ -1,32 +1,39 @@
 """The ``cache_text_embeds`` step: captions of a dataset artifact in, text embeddings out."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from kubetuner.artifacts import (
+    ARTIFACT_FILE,
     CaptionRow,
     DatasetArtifact,
+    FileEntry,
     Sample,
     ShardEntry,
     TensorSpec,
     TextEmbedsArtifact,
     TextRow,
     fingerprint,
-    list_files,
     read_artifact,
     read_rows,
+    sha256_of,
+    verify_files,
     write_artifact,
     write_rows,
 )
 from kubetuner.config.sections import CacheTextSection
+from kubetuner.data.caption_edits import edit_captions
 from kubetuner.progress import Progress
+from kubetuner.steps.download_dataset import SAMPLES_FILE
 from kubetuner.store import Store, resolve_store
 
 logger = logging.getLogger(__name__)
 
 TEXTS_FILE = "texts.jsonl"
 CAPTIONS_FILE = "captions.jsonl"
+# Texts handed to the family at once, in batches: enough that most of its batches of one length are full.
+BATCHES_AT_ONCE = 8
 # A shard is written, and so survives a kill, after this many encoded texts.
 TEXTS_PER_SHARD = 512
 
@@ -41,41 +48,59 @@ def cache_text_embeds(
     Raises:
         ArtifactError: ``dataset`` is incomplete or damaged.
     """
-    source = read_artifact(dataset, DatasetArtifact)
+    source = _check(dataset)
+    (out / ARTIFACT_FILE).unlink(missing_ok=True)
     store = resolve_store(out)
-    captions = [
-        CaptionRow(sample=sample.id, texts=sample.captions)
-        for index, sample in enumerate(read_rows(dataset, "samples.jsonl", Sample))
-        if index % num_shards == shard
-    ]
-    keys = {text: _key(section, text) for text in ["", *(text for row in captions for text in row.texts)]}
-    namespace = f"text-{fingerprint(section.deciding())[:16]}"
-    known = store.known(namespace)
+    out.mkdir(parents=True, exist_ok=True)
+    keys = {"": _key(section, "")}
+
+    def captions() -> Iterator[CaptionRow]:
+        for index, sample in enumerate(read_rows(dataset, SAMPLES_FILE, Sample)):
+            if index % num_shards == shard:
+                texts = _texts(section, sample)
+                keys.update((text, _key(section, text)) for text in texts if text not in keys)
+                yield CaptionRow(sample=sample.id, texts=texts)
+
+    write_rows(out, CAPTIONS_FILE, captions())
+    namespace = f"text-{fingerprint(section.encoding())[:16]}"
+    known = store.known(namespace, frozenset(keys.values()))
     missing = [text for text, key in keys.items() if key not in known]
     known |= _encode(section, store, namespace, {text: keys[text] for text in missing})
     logger.info("text embeddings: %d reused, %d encoded", len(keys) - len(missing), len(missing))
-    rows = [TextRow(text=text, key=key, shard=known[key].file) for text, key in keys.items()]
-    shards = {entry.file: entry for entry in (known[row.key] for row in rows)}
-    out.mkdir(parents=True, exist_ok=True)
-    write_rows(out, CAPTIONS_FILE, captions)
-    write_rows(out, TEXTS_FILE, rows)
-    names = store.tensor_names(known[keys[""]])
+    write_rows(out, TEXTS_FILE, (TextRow(text=text, key=key, shard=known[key].file) for text, key in keys.items()))
+    shards = {entry.file: entry for entry in known.values()}
+    paths = [out / CAPTIONS_FILE, out / TEXTS_FILE]
+    shapes = store.shapes(shards.values())
     artifact = TextEmbedsArtifact(
         fingerprint=fingerprint(section.deciding(), source.fingerprint, (shard, num_shards)),
         parents=(source.fingerprint,),
-        files=list_files(out),
-        num_texts=len(rows),
+        files=tuple(FileEntry(path=path.name, bytes=path.stat().st_size, sha256=sha256_of(path)) for path in paths),
+        num_texts=len(keys),
         encoded=len(missing),
-        reused=len(rows) - len(missing),
-        tensors={name: TensorSpec(dtype=section.dtype, shape=(None,)) for name in sorted(names)},
+        reused=len(keys) - len(missing),
+        tensors={name: TensorSpec(dtype=section.dtype, shape=shape) for name, shape in shapes.items()},
         shards=tuple(shards[file] for file in sorted(shards)),
     )
     write_artifact(out, artifact)
     return artifact
 
 
+def _check(dataset: Path) -> DatasetArtifact:
+    """The dataset's artifact, its rows checked; the pictures are not read here."""
+    source = read_artifact(dataset, DatasetArtifact)
+    rows = tuple(entry for entry in source.files if entry.path == SAMPLES_FILE)
+    verify_files(dataset, source.model_copy(update={"files": rows}))
+    return source
+
+
+def _texts(section: CacheTextSection, sample: Sample) -> tuple[str, ...]:
+    """The sample's captions as they are encoded and trained on."""
+    settings = next((one for one in section.captions if one.id == sample.dataset), None)
+    return edit_captions(settings, sample.captions) if settings else sample.captions
+
+
 def _key(section: CacheTextSection, text: str) -> str:
-    return fingerprint(text, section.deciding())
+    return fingerprint(text, section.encoding())
 
 
 def _encode(
@@ -93,12 +118,13 @@ def _encode(
     encoders = family.load_text_encoders(section.model, device)
     dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32
     texts = sorted(missing, key=lambda text: (len(text), text))
+    at_once = BATCHES_AT_ONCE * section.text_encoder_batch_size
     written: dict[str, ShardEntry] = {}
     with Progress("cache_text_embeds", len(texts), "texts") as progress, torch.inference_mode():
         for start in range(0, len(texts), TEXTS_PER_SHARD):
             ready = {}
-            for first in range(start, min(start + TEXTS_PER_SHARD, len(texts)), section.text_encoder_batch_size):
-                last = min(first + section.text_encoder_batch_size, start + TEXTS_PER_SHARD)
+            for first in range(start, min(start + TEXTS_PER_SHARD, len(texts)), at_once):
+                last = min(first + at_once, start + TEXTS_PER_SHARD)
                 batch = texts[first:last]
                 for text, tensors in zip(batch, family.encode_texts(encoders, batch, section), strict=True):
                     ready[missing[text]] = {name: tensor.to(dtype).clone() for name, tensor in tensors.items()}

@@ -1,14 +1,19 @@
 """The ``cache_vae`` step: pictures of a dataset artifact in, VAE latents out."""
 
 import logging
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kubetuner.artifacts import (
+    ARTIFACT_FILE,
     DatasetArtifact,
+    FileEntry,
     LatentRow,
     LatentsArtifact,
     Sample,
@@ -16,25 +21,36 @@ from kubetuner.artifacts import (
     Skipped,
     TensorSpec,
     fingerprint,
-    list_files,
     read_artifact,
     read_rows,
+    sha256_of,
+    verify_files,
     write_artifact,
     write_rows,
 )
 from kubetuner.config.sections import CacheVaeSection
-from kubetuner.data.geometry import Placement, TooSmall, place
+from kubetuner.data.geometry import LeftOut, Placement, Size, place
+from kubetuner.data.pictures import open_picture, to_pixels
+from kubetuner.errors import ArtifactError
 from kubetuner.progress import Progress
+from kubetuner.steps.download_dataset import SAMPLES_FILE
 from kubetuner.store import Store, resolve_store
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from kubetuner.families.base import Family
 
 logger = logging.getLogger(__name__)
 
 ROWS_FILE = "latents.jsonl"
 # A shard is written, and so survives a kill, after this many encoded samples.
 SAMPLES_PER_SHARD = 256
+MAX_THREADS = 8
+NOT_FINITE = "the VAE gave latents that are not finite; remove the picture, or choose another VAE if there are many"
+
+
+_Part = tuple[CacheVaeSection, Path, int, int]
 
 
 @dataclass(frozen=True)
@@ -51,34 +67,42 @@ def cache_vae(
 ) -> LatentsArtifact:
     """Encode the samples ``shard``, ``shard + num_shards``, … of ``dataset`` that the store does not know yet.
 
-    A latent's key is made of the picture's bytes, its geometry, the encoder, the dtype and the seed, and its posterior
-    noise is drawn from that key: neither batches nor shards change it.
+    A latent's key is made of the picture's bytes, its geometry, the encoder, the dtype and the seed (not for moments,
+    which are not drawn); its posterior noise is drawn from that key, and batches are always full (:func:`_encode`). So
+    neither other pictures nor the number of shards change a bit of it.
 
     Raises:
         ArtifactError: ``dataset`` is incomplete or damaged.
     """
-    source = read_artifact(dataset, DatasetArtifact)
+    source = _check(dataset)
+    (out / ARTIFACT_FILE).unlink(missing_ok=True)
     store = resolve_store(out)
-    namespace = f"latents-{fingerprint(section.model, section.dtype)[:16]}"
-    placed, skipped = _place_all(section, dataset, shard, num_shards)
-    known = store.known(namespace)
-    missing = list({item.key: item for item in placed if item.key not in known}.values())
-    written, broken = _encode(section, dataset, store, namespace, missing)
+    kind = "moments" if section.vae_cache_moments else "latents"
+    namespace = f"{kind}-{fingerprint(section.model.vae_identity(), section.dtype)[:16]}"
+    # The samples are read several times, so that however many there are, only their keys are held in memory.
+    part = (section, dataset, shard, num_shards)
+    sizes = {item.key: item.placement.target_size for item in _place_all(*part) if isinstance(item, _Placed)}
+    known = store.known(namespace, sizes.keys())
+    missing = {key: size for key, size in sizes.items() if key not in known}
+    written = _encode(section, store, namespace, len(missing), _read_ahead(dataset, _by_size(part, missing)))
     known |= written
-    skipped += broken
-    rows = [_row(item, known[item.key]) for item in placed if item.key in known]
-    logger.info("latents: %d reused, %d encoded, %d skipped", len(rows) - len(written), len(written), len(skipped))
-    shards = {known[row.key].file: known[row.key] for row in rows}
+    skipped: list[Skipped] = []
     out.mkdir(parents=True, exist_ok=True)
-    write_rows(out, ROWS_FILE, rows)
+    count = write_rows(out, ROWS_FILE, _rows(_place_all(*part), known, skipped))
+    for skip in skipped:
+        logger.warning("skipped %s: %s", skip.name, skip.reason)
+    logger.info("latents: %d reused, %d encoded, %d skipped", count - len(written), len(written), len(skipped))
+    shards = {entry.file: entry for entry in known.values()}
+    path = out / ROWS_FILE
+    shapes = store.shapes(shards.values())
     artifact = LatentsArtifact(
         fingerprint=fingerprint(section.deciding(), source.fingerprint, (shard, num_shards)),
         parents=(source.fingerprint,),
-        files=list_files(out),
-        num_samples=len(rows),
+        files=(FileEntry(path=ROWS_FILE, bytes=path.stat().st_size, sha256=sha256_of(path)),),
+        num_samples=count,
         encoded=len(written),
-        reused=len(rows) - len(written),
-        tensors={"latents": TensorSpec(dtype=section.dtype, shape=(None, None, None))},
+        reused=count - len(written),
+        tensors={name: TensorSpec(dtype=section.dtype, shape=shape) for name, shape in shapes.items()},
         shards=tuple(shards[file] for file in sorted(shards)),
         skipped=tuple(skipped),
     )
@@ -86,35 +110,71 @@ def cache_vae(
     return artifact
 
 
-def _place_all(
-    section: CacheVaeSection, dataset: Path, shard: int, num_shards: int
-) -> tuple[list[_Placed], list[Skipped]]:
-    """The geometry and key of each of this shard's samples; samples that are too small are skipped."""
+def _check(dataset: Path) -> DatasetArtifact:
+    """The dataset's artifact, its rows checked; each picture is checked when it is read."""
+    source = read_artifact(dataset, DatasetArtifact)
+    rows = tuple(entry for entry in source.files if entry.path == SAMPLES_FILE)
+    verify_files(dataset, source.model_copy(update={"files": rows}))
+    return source
+
+
+def _place_all(section: CacheVaeSection, dataset: Path, shard: int, num_shards: int) -> Iterator[_Placed | Skipped]:
+    """The geometry and key of each of this shard's samples; samples that its limits leave out are skipped."""
     geometries = {entry.id: entry.geometry for entry in section.datasets}
-    placed: list[_Placed] = []
-    skipped: list[Skipped] = []
-    for index, sample in enumerate(read_rows(dataset, "samples.jsonl", Sample)):
+    identity = section.model.vae_identity()
+    for index, sample in enumerate(read_rows(dataset, SAMPLES_FILE, Sample)):
         if index % num_shards != shard or sample.dataset not in geometries:
             continue
         geometry = geometries[sample.dataset]
-        placement = place(geometry, sample.width, sample.height, f"{section.seed}:{sample.sha256}")
-        if isinstance(placement, TooSmall):
-            skipped.append(Skipped(name=sample.id, reason=placement.reason))
+        name = sample.id.removeprefix(f"{sample.dataset}/")
+        placement = place(geometry, sample.width, sample.height, f"{section.seed}:{sample.sha256}", name)
+        if isinstance(placement, LeftOut):
+            yield Skipped(name=sample.id, reason=placement.reason)
             continue
         key = fingerprint(
             sample.sha256, placement.intermediary_size, placement.crop, placement.target_size,
-            section.model, section.dtype, section.seed,
+            identity, section.dtype, "moments" if section.vae_cache_moments else section.seed,
         )  # fmt: skip
-        placed.append(_Placed(sample, placement, key))
-    return placed, skipped
+        yield _Placed(sample, placement, key)
+
+
+def _rows(
+    items: Iterable[_Placed | Skipped], known: Mapping[str, ShardEntry], skipped: list[Skipped]
+) -> Iterator[LatentRow]:
+    """The rows of the items that are encoded; the others are appended to ``skipped``."""
+    for item in items:
+        if isinstance(item, Skipped):
+            skipped.append(item)
+        elif item.key in known:
+            yield _row(item, known[item.key])
+        else:
+            skipped.append(Skipped(name=item.sample.id, reason=NOT_FINITE))
+
+
+def _by_size(part: _Part, missing: Mapping[str, Size]) -> Iterator[_Placed]:
+    """The first item with each key of ``missing``, those of one target size together."""
+    for size in sorted(set(missing.values())):
+        left = {key for key, its in missing.items() if its == size}
+        for item in _place_all(*part):
+            if isinstance(item, _Placed) and item.key in left:
+                left.remove(item.key)
+                yield item
 
 
 def _encode(
-    section: CacheVaeSection, dataset: Path, store: Store, namespace: str, missing: Sequence[_Placed]
-) -> tuple[dict[str, ShardEntry], list[Skipped]]:
-    """Encode ``missing`` batch by batch; returns key → the shard written, and samples with non-finite latents."""
-    if not missing:
-        return {}, []
+    section: CacheVaeSection,
+    store: Store,
+    namespace: str,
+    total: int,
+    pictures: "Iterator[tuple[_Placed, Tensor]]",
+) -> dict[str, ShardEntry]:
+    """Encode ``pictures``; returns key → the shard written, without samples whose latents are not finite.
+
+    Kernels are chosen by the shape of a whole batch, so the last bits of a picture's latents depend on how many are
+    encoded together, though not on which. Therefore every batch is filled up to ``vae_batch_size``.
+    """
+    if not total:
+        return {}
     import torch
 
     from kubetuner.families import load_family
@@ -123,50 +183,75 @@ def _encode(
     family = load_family(section.model.family)
     vae = family.load_vae(section.model, device)
     dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32
-    skipped: list[Skipped] = []
     written: dict[str, ShardEntry] = {}
     ready: dict[str, dict[str, Tensor]] = {}
-    with Progress("cache_vae", len(missing), "pictures") as progress, torch.inference_mode():
-        for batch in _batches(missing, section.vae_batch_size):
-            pixels = torch.stack([_pixels(dataset, item) for item in batch]).to(device)
-            shape = family.latent_shape(vae, pixels.shape[2], pixels.shape[3])
-            noise = torch.stack([_noise(item.key, shape) for item in batch]).to(device)
-            for item, latents in zip(batch, family.encode_pixels(vae, pixels, noise).cpu(), strict=True):
-                if torch.isfinite(latents).all():
-                    ready[item.key] = {"latents": latents.to(dtype)}
-                else:
-                    skipped.append(Skipped(name=item.sample.id, reason="the VAE gave latents that are not finite"))
+    with Progress("cache_vae", total, "pictures") as progress, torch.inference_mode():
+        for batch in _batches(pictures, section.vae_batch_size):
+            encoded = _encode_batch(section, family, vae, batch)
+            for place, (item, _) in enumerate(batch):
+                kept = {name: tensor[place].to(dtype) for name, tensor in encoded.items()}
+                if all(torch.isfinite(tensor).all() for tensor in kept.values()):
+                    ready[item.key] = kept
             if len(ready) >= SAMPLES_PER_SHARD:
                 written |= dict.fromkeys(ready, store.write_shard(namespace, ready))
                 ready = {}
             progress.advance(len(batch))
     if ready:
         written |= dict.fromkeys(ready, store.write_shard(namespace, ready))
-    return written, skipped
+    return written
 
 
-def _batches(items: Sequence[_Placed], size: int) -> Iterator[Sequence[_Placed]]:
-    """Groups of at most ``size`` samples that share a target size."""
-    groups: dict[tuple[int, int], list[_Placed]] = defaultdict(list)
-    for item in items:
-        groups[item.placement.target_size].append(item)
-    for target in sorted(groups):
-        for start in range(0, len(groups[target]), size):
-            yield groups[target][start : start + size]
+def _batches(pictures: "Iterator[tuple[_Placed, Tensor]]", size: int) -> "Iterator[list[tuple[_Placed, Tensor]]]":
+    """Neighbours of one target size, at most ``size`` together."""
+    for _, same in groupby(pictures, key=lambda picture: picture[0].placement.target_size):
+        while batch := list(islice(same, size)):
+            yield batch
+
+
+def _encode_batch(
+    section: CacheVaeSection, family: "Family", vae: "nn.Module", batch: "Sequence[tuple[_Placed, Tensor]]"
+) -> "dict[str, Tensor]":
+    """What the cache keeps, on the CPU; the batch is filled up with its last picture."""
+    import torch
+
+    from kubetuner.data.latents import MOMENTS, SAMPLE, key_generator
+
+    device = next(vae.parameters()).device
+    full = [*batch, *[batch[-1]] * (section.vae_batch_size - len(batch))]
+    pixels = torch.stack([one for _, one in full]).to(device)
+    if section.vae_cache_moments:
+        encoded = dict(zip(MOMENTS, family.encode_moments(vae, pixels), strict=True))
+    else:
+        shape = family.latent_shape(vae, pixels.shape[2], pixels.shape[3])
+        noise = torch.stack([torch.randn(shape, generator=key_generator(item.key)) for item, _ in full])
+        encoded = {SAMPLE[0]: family.encode_pixels(vae, pixels, noise.to(device))}
+    return {name: tensor.cpu() for name, tensor in encoded.items()}
+
+
+def _read_ahead(dataset: Path, items: Iterable[_Placed]) -> "Iterator[tuple[_Placed, Tensor]]":
+    """Each item with its pixels, in order; meanwhile threads prepare those that follow."""
+    threads = min(MAX_THREADS, os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="cache_vae")
+    waiting: deque[tuple[_Placed, Future[Tensor]]] = deque()
+    try:
+        for following in items:
+            waiting.append((following, pool.submit(_pixels, dataset, following)))
+            if len(waiting) > 2 * threads:
+                item, pixels = waiting.popleft()
+                yield item, pixels.result()
+        for item, pixels in waiting:
+            yield item, pixels.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _pixels(dataset: Path, item: _Placed) -> "Tensor":
-    from kubetuner.data.pictures import open_picture, to_pixels
-
-    return to_pixels(open_picture(dataset / item.sample.file), item.placement)
-
-
-def _noise(key: str, shape: tuple[int, int, int]) -> "Tensor":
-    """Standard normal noise that depends on the sample's key alone."""
-    import torch
-
-    generator = torch.Generator().manual_seed(int(key[:15], 16))
-    return torch.randn(shape, generator=generator)
+    path = dataset / item.sample.file
+    if not path.is_file() or sha256_of(path) != item.sample.sha256:
+        raise ArtifactError(
+            f"{path}, the picture of {item.sample.id}, is missing or damaged; run download_dataset again"
+        )
+    return to_pixels(open_picture(path), item.placement)
 
 
 def _row(item: _Placed, shard: ShardEntry) -> LatentRow:

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,33 +24,46 @@ from kubetuner.artifacts import (
     write_atomically,
     write_rows,
 )
-from kubetuner.config.sections import DatasetSource, DownloadSection
+from kubetuner.config.source_sections import DatasetSource, DownloadSection
 from kubetuner.data.captions import CaptionError, captions_for
-from kubetuner.data.pictures import PictureError, check_picture, read_picture
-from kubetuner.errors import DatasetError
+from kubetuner.data.pictures import PictureError, check_picture
+from kubetuner.errors import DatasetError, on_one_line
 from kubetuner.progress import Progress
-from kubetuner.sources.local import PICTURE_EXTENSIONS, list_pictures, listing_revision
+from kubetuner.sources.base import PICTURE_EXTENSIONS, Item, ItemError, Listing, Source, as_planned
+from kubetuner.sources.subset import subset
+from kubetuner.sources.switch import open_source
+from kubetuner.sources.threads import in_threads
 
 logger = logging.getLogger(__name__)
 
 SAMPLES_FILE = "samples.jsonl"
 FILES_FOLDER = "files"
-MAX_THREADS = 8
 SHOWN_SKIPS = 5
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """An opened dataset."""
+
+    settings: DatasetSource
+    source: Source
+    listing: Listing
 
 
 @dataclass(frozen=True)
 class _Picture:
     """A picture to take in."""
 
-    source: DatasetSource
-    root: Path
-    path: Path
+    origin: _Origin
+    item: Item
+
+    @property
+    def dataset(self) -> str:
+        return self.origin.settings.id
 
     @property
     def id(self) -> str:
-        name = os.fsencode(self.path.relative_to(self.root).as_posix()).decode("utf-8", "backslashreplace")
-        return f"{self.source.id}/{name}"
+        return f"{self.dataset}/{os.fsencode(self.item.name).decode('utf-8', 'backslashreplace')}"
 
 
 def download_dataset(section: DownloadSection, out: Path) -> DatasetArtifact:
@@ -60,23 +73,23 @@ def download_dataset(section: DownloadSection, out: Path) -> DatasetArtifact:
         DatasetError: A source cannot be read or is empty, or more than ``max_skipped_share`` of a dataset's pictures
             cannot be used.
     """
-    pictures = _list(section.datasets)
     out.mkdir(parents=True, exist_ok=True)
     (out / ARTIFACT_FILE).unlink(missing_ok=True)
-    samples: list[Sample] = []
+    taken: list[tuple[_Picture, Sample, FileEntry]] = []
     skipped: list[tuple[str, Skipped]] = []
-    entries: dict[str, FileEntry] = {}
-    with Progress("download_dataset", len(pictures), "pictures") as progress:
+    with ExitStack() as stack:
+        pictures = _list(section.datasets, stack)
+        progress = stack.enter_context(Progress("download_dataset", len(pictures), "pictures"))
         for picture, result in zip(pictures, _take_all(pictures, out), strict=True):
             if isinstance(result, Skipped):
-                logger.warning("skipped %s: %s", result.name, result.reason)
-                skipped.append((picture.source.id, result))
+                logger.warning("skipped %s: %s", on_one_line(result.name), result.reason)
+                skipped.append((picture.dataset, result))
             else:
-                sample, entry = result
-                samples.append(sample)
-                entries[entry.path] = entry
+                taken.append((picture, *result))
             progress.advance(note=f"{len(skipped)} skipped" if skipped else "")
     _judge(section, pictures, skipped)
+    samples = _in_order(section, taken)
+    entries = {entry.path: entry for _, _, entry in taken}
     _remove_others(out, set(entries))
     write_rows(out, SAMPLES_FILE, samples)
     rows = out / SAMPLES_FILE
@@ -92,45 +105,49 @@ def download_dataset(section: DownloadSection, out: Path) -> DatasetArtifact:
     return artifact
 
 
-def _list(sources: Sequence[DatasetSource]) -> list[_Picture]:
-    """Every source's pictures; what is wrong with any source is told at once."""
+def _list(datasets: Sequence[DatasetSource], stack: ExitStack) -> list[_Picture]:
+    """Every dataset's pictures; what is wrong with any dataset is told at once. ``stack`` closes the sources."""
     pictures: list[_Picture] = []
     problems: list[str] = []
-    for source in sources:
-        root = Path(source.instance_data_dir)
+    for settings in datasets:
         try:
-            found = list_pictures(root)
-            if source.revision and listing_revision(root) != source.revision:
-                logger.warning("dataset %s: %s has changed since the run was planned", source.id, root)
+            source = stack.enter_context(closing(open_source(settings)))
+            listing = as_planned(source.listing(), settings.revision, settings.newest)
         except DatasetError as error:
-            problems.append(f"dataset {source.id!r}: {error}")
+            problems.append(f"dataset {settings.id!r}: {error}")
             continue
-        if not found:
+        if not listing.pictures:
             known = " ".join(sorted(PICTURE_EXTENSIONS))
-            problems.append(f"dataset {source.id!r}: no picture in {root} (looked for {known})")
-        pictures += (_Picture(source, root, path) for path in found)
+            problems.append(f"dataset {settings.id!r}: no picture in {source.place} (looked for {known})")
+        origin = _Origin(settings, source, listing)
+        pictures += (_Picture(origin, item) for item in subset(listing.pictures, settings.id, settings.max_num_samples))
     if problems:
         raise DatasetError("; ".join(problems))
     return pictures
 
 
+def _in_order(section: DownloadSection, taken: Sequence[tuple[_Picture, Sample, FileEntry]]) -> list[Sample]:
+    """Samples by dataset, as the data file has them, and name; the order of reading differs from source to source."""
+    position = {settings.id: index for index, settings in enumerate(section.datasets)}
+    ordered = sorted(taken, key=lambda one: (position[one[0].dataset], one[0].item.name))
+    return [sample for _, sample, _ in ordered]
+
+
 def _take_all(pictures: Sequence[_Picture], out: Path) -> Iterator[tuple[Sample, FileEntry] | Skipped]:
     """Take in ``pictures`` on several threads, in order."""
-    pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="download")
-    try:
-        yield from pool.map(lambda picture: _take(picture, out), pictures)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    readers = max((picture.origin.source.readers for picture in pictures), default=1)
+    return in_threads(lambda picture: _take(picture, out), pictures, readers, "download")
 
 
 def _take(picture: _Picture, out: Path) -> tuple[Sample, FileEntry] | Skipped:
     """Check one picture and copy its bytes; the bytes that are hashed are the ones that were decoded."""
     try:
-        captions = captions_for(picture.source, picture.path, picture.root)
+        origin = picture.origin
+        captions = captions_for(origin.settings, picture.item, origin.listing, origin.source)
         _refuse_unprintable(picture, captions)
-        data = read_picture(picture.path)
+        data = origin.source.read(picture.item)
         info = check_picture(data)
-    except (CaptionError, PictureError) as error:
+    except (CaptionError, PictureError, ItemError) as error:
         return Skipped(name=picture.id, reason=error.reason)
     digest = hashlib.sha256(data).hexdigest()
     file = f"{FILES_FOLDER}/{digest[:2]}/{digest}.{info.extension}"
@@ -139,7 +156,7 @@ def _take(picture: _Picture, out: Path) -> tuple[Sample, FileEntry] | Skipped:
         write_atomically(target, lambda path: _write_bytes(path, data))
     sample = Sample(
         id=picture.id,
-        dataset=picture.source.id,
+        dataset=picture.dataset,
         file=file,
         sha256=digest,
         width=info.width,
@@ -152,7 +169,7 @@ def _take(picture: _Picture, out: Path) -> tuple[Sample, FileEntry] | Skipped:
 def _refuse_unprintable(picture: _Picture, captions: tuple[str, ...]) -> None:
     """Refuse names that are not UTF-8: they have no place in a JSON file."""
     try:
-        "".join((str(picture.path), *captions)).encode()
+        "".join((picture.item.name, *captions)).encode()
     except UnicodeEncodeError as error:
         raise PictureError("its name is not UTF-8; rename it") from error
 
@@ -161,11 +178,11 @@ def _judge(section: DownloadSection, pictures: Sequence[_Picture], skipped: Sequ
     """Raise where a dataset lost too many pictures; ``skipped`` are pairs of dataset and picture."""
     problems: list[str] = []
     for source in section.datasets:
-        total = sum(picture.source.id == source.id for picture in pictures)
+        total = sum(picture.dataset == source.id for picture in pictures)
         lost = [skip for dataset, skip in skipped if dataset == source.id]
         if len(lost) < total and len(lost) <= section.max_skipped_share * total:
             continue
-        shown = "; ".join(f"{skip.name}: {skip.reason}" for skip in lost[:SHOWN_SKIPS])
+        shown = "; ".join(f"{on_one_line(skip.name)}: {skip.reason}" for skip in lost[:SHOWN_SKIPS])
         more = f"; and {len(lost) - SHOWN_SKIPS} more (see the log)" if len(lost) > SHOWN_SKIPS else ""
         problems.append(f"dataset {source.id!r}: {len(lost)} of {total} pictures cannot be used ({shown}{more})")
     if problems:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kubetuner.config.caption_sections import DatasetCaptions
 from kubetuner.config.models import OUTLINES
 from kubetuner.config.optimizers import OPTIMIZERS
 from kubetuner.config.sections import ModelRef, Sections
@@ -23,7 +24,8 @@ class Costs:
 
     Attributes:
         latents_bytes: Latents of all datasets.
-        text_embeds_bytes: At most; captions that agree are stored once and padding is trimmed.
+        text_embeds_bytes: At most, with one caption per picture; captions that agree are stored once and padding is
+            trimmed.
         parameters: Of the denoiser.
         training_memory_bytes: Weights, gradients, optimizer state, and averages on the accelerator; activations come
             on top.
@@ -45,7 +47,7 @@ def estimate(sections: Sections, measured: Sequence[Measured]) -> Costs:
         for sizes in one.buckets.values()
         for width, height in sizes
     )
-    texts = sum(one.samples for one in measured) + 1
+    texts = sum(one.samples * _variants(one.entry.captions) for one in measured) + 1
     parameters = _parameters(model)
     if sections.train.model_type == "full":
         averages = 4 if sections.train.ema is not None and sections.train.ema.device == "accelerator" else 0
@@ -54,11 +56,16 @@ def estimate(sections: Sections, measured: Sequence[Measured]) -> Costs:
     else:
         memory = parameters * _BYTES[sections.train.mixed_precision]
     return Costs(
-        latents_bytes=floats * _BYTES[sections.cache_vae.dtype],
+        latents_bytes=floats * _BYTES[sections.cache_vae.dtype] * (2 if sections.cache_vae.vae_cache_moments else 1),
         text_embeds_bytes=texts * _text_floats(model) * _BYTES[sections.cache_text_embeds.dtype],
         parameters=parameters,
         training_memory_bytes=memory,
     )
+
+
+def _variants(captions: DatasetCaptions) -> int:
+    """Texts that one caption becomes, at most."""
+    return captions.shuffle.count + captions.shuffle.include_original if captions.shuffle else 1
 
 
 def vae_shape(model: ModelRef) -> tuple[int, int]:

@@ -2,17 +2,21 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
 from kubetuner.config.data import PictureData
+from kubetuner.config.schedule import stages
 from kubetuner.config.sections import TrainSection
-from kubetuner.errors import DatasetError, Problem
+from kubetuner.config.source_sections import DatasetSource
+from kubetuner.errors import DatasetError, Problem, on_one_line
+from kubetuner.progress import Progress
+from kubetuner.sources.base import HEADER_BYTES, Item, ItemError, Listing, Source, named
+from kubetuner.sources.subset import subset
+from kubetuner.sources.switch import located, open_source
+from kubetuner.sources.threads import in_threads
 
-_ORIENTATION = 0x0112
-_TURNED = (5, 6, 7, 8)
 _NAMED = 5
 Size = tuple[int, int]
 
@@ -23,17 +27,17 @@ class Measured:
 
     Attributes:
         entry: The entry of the data file.
-        root: The folder, absolute.
-        revision: Hash of the listing.
+        source: Its source, with local paths absolute and the revision and newest file of the listing.
         buckets: Target sizes (width, height) of the usable pictures, by bucket.
         skipped: Name and reason of pictures that cannot be used.
+        unreadable: Those among them that are no pictures or damaged; the others are left out by limits.
     """
 
     entry: PictureData
-    root: Path
-    revision: str = ""
+    source: DatasetSource
     buckets: dict[str, list[Size]] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
     exists: bool = True
 
     @property
@@ -53,70 +57,98 @@ class Measured:
 
 
 def measure(entry: PictureData, cwd: Path, problems: list[Problem]) -> Measured:
-    """Place every picture by its header; a missing folder or caption is appended to ``problems``."""
-    from kubetuner.sources.local import list_pictures, listing_revision
-
-    root = (cwd / entry.source.instance_data_dir).expanduser().resolve()
-    measured = Measured(entry, root)
-    place = f"{entry.where}.instance_data_dir"
-    if not root.is_dir():
-        measured.exists = False
-        problems.append(Problem(place, f"{root} is not a folder; create it or correct the path."))
-        return measured
+    """Place every picture by its header; what is wrong with the source or its captions goes to ``problems``."""
+    measured = Measured(entry, located(entry.source, cwd))
     try:
-        pictures = list_pictures(root)
-        measured.revision = listing_revision(root)
+        with closing(open_source(measured.source)) as source:
+            _measure(source, measured, problems)
     except DatasetError as error:
         measured.exists = False
-        problems.append(Problem(place, f"{error}."))
-        return measured
-    if not pictures:
-        problems.append(Problem(place, f"{root} holds no pictures; put pictures there or correct the path."))
-        measured.exists = False
-        return measured
-    for picture in pictures:
-        _place(picture, measured)
-    _check_captions(pictures, measured, problems)
+        problems.append(Problem(entry.where, f"{error}."))
     return measured
 
 
-def _place(picture: Path, measured: Measured) -> None:
-    from kubetuner.data.geometry import TooSmall, place
+def _measure(source: Source, measured: Measured, problems: list[Problem]) -> None:
+    from kubetuner.data.geometry import LeftOut, place
 
-    name = picture.relative_to(measured.root).as_posix()
+    where = measured.entry.where
     try:
-        with Image.open(picture) as image:
-            width, height = image.size
-            if image.getexif().get(_ORIENTATION) in _TURNED:
-                width, height = height, width
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-        measured.skipped.append((name, f"cannot be read ({type(error).__name__})"))
+        listing = source.listing()
+    except DatasetError as error:
+        measured.exists = False
+        problems.append(Problem(f"{where}.{source.key}", f"{error}."))
         return
-    placement = place(measured.entry.geometry.geometry, width, height, name)
-    if isinstance(placement, TooSmall):
-        measured.skipped.append((name, placement.reason))
-    else:
-        measured.buckets.setdefault(placement.bucket, []).append(placement.target_size)
+    pinned = {"revision": listing.revision, "newest": listing.newest}
+    measured.source = measured.source.model_copy(update=pinned)
+    if not listing.pictures:
+        measured.exists = False
+        message = f"{source.place} holds no pictures; put pictures there or correct the path."
+        problems.append(Problem(f"{where}.{source.key}", message))
+        return
+    pictures = subset(listing.pictures, measured.id, measured.source.max_num_samples)
+    sizes = in_threads(lambda item: _size(source, item), pictures, source.readers, "plan")
+    with Progress(f"plan {measured.id}", len(pictures), "pictures") as progress:
+        for item, size in zip(pictures, sizes, strict=True):
+            progress.advance()
+            if isinstance(size, str):
+                measured.skipped.append((item.name, size))
+                measured.unreadable.append(item.name)
+                continue
+            placement = place(measured.entry.geometry.geometry, *size, item.name)
+            if isinstance(placement, LeftOut):
+                measured.skipped.append((item.name, placement.reason))
+            else:
+                measured.buckets.setdefault(placement.bucket, []).append(placement.target_size)
+    _check_captions(pictures, listing, measured, problems)
 
 
-def _check_captions(pictures: Sequence[Path], measured: Measured, problems: list[Problem]) -> None:
-    source = measured.entry.source
-    if source.caption_strategy != "textfile" or source.only_instance_prompt:
+def _size(source: Source, item: Item) -> Size | str:
+    """The upright picture's size, or why it has none."""
+    from kubetuner.data.pictures import PictureError, measure
+
+    if item.pixels:
+        return item.pixels
+    try:
+        header = source.header(item, HEADER_BYTES)
+        try:
+            return measure(header)
+        except PictureError:
+            if len(header) != HEADER_BYTES or len(header) == item.size:
+                raise
+        # Long metadata before the size, or a format that says it at the end.
+        return measure(source.read(item))
+    except (ItemError, PictureError) as error:
+        return error.reason
+
+
+def _check_captions(pictures: Sequence[Item], listing: Listing, measured: Measured, problems: list[Problem]) -> None:
+    from kubetuner.data.captions import text_name
+
+    settings = measured.source
+    where = f"{measured.entry.where}.caption_strategy"
+    if settings.only_instance_prompt or settings.caption_strategy in ("filename", "instanceprompt"):
         return
-    missing = [
-        path.relative_to(measured.root).as_posix() for path in pictures if not path.with_suffix(".txt").is_file()
-    ]
+    if settings.caption_strategy != "textfile":
+        if all(item.captions is None for item in pictures):
+            problems.append(Problem(where, f"is {settings.caption_strategy}, but no picture has a caption there."))
+        return
+    missing = [item.name for item in pictures if text_name(item) not in listing.texts]
     if missing:
-        named = ", ".join(missing[:_NAMED]) + (f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else "")
-        message = f"is textfile, but {len(missing)} of {len(pictures)} pictures have no .txt file beside them: {named}."
-        problems.append(Problem(f"{measured.entry.where}.caption_strategy", message))
+        of = f"{len(missing)} of {len(pictures)} pictures"
+        problems.append(Problem(where, f"is textfile, but {of} have no .txt file beside them: {named(missing)}."))
 
 
 def kept_buckets(measured: Measured, train: TrainSection) -> dict[str, int]:
-    """Pictures per epoch, repeats counted, of the buckets that fill a batch; the others are never drawn from."""
+    """Pictures, repeats counted, of the buckets that fill a batch; the others are never drawn from."""
     passes = measured.entry.sampling.repeats + 1
     counted = {name: len(sizes) * passes for name, sizes in measured.buckets.items()}
     return {name: count for name, count in counted.items() if count >= train.train_batch_size}
+
+
+def drawn_per_epoch(measured: Measured, train: TrainSection) -> int:
+    """Samples of a dataset that one epoch sees: whole batches, repeats counted."""
+    size = train.train_batch_size
+    return sum(count // size * size for count in kept_buckets(measured, train).values())
 
 
 def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
@@ -125,10 +157,10 @@ def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
         return []
     where = measured.entry.where
     if not measured.samples:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in measured.skipped[:_NAMED])
+        reasons = "; ".join(f"{on_one_line(name)}: {reason}" for name, reason in measured.skipped[:_NAMED])
         return [Problem(where, f"none of its {len(measured.skipped)} pictures is usable ({reasons}).")]
     effective = train.train_batch_size * train.gradient_accumulation_steps
-    if not measured.trained_on or sum(kept_buckets(measured, train).values()) >= effective:
+    if not measured.trained_on or drawn_per_epoch(measured, train) >= effective:
         return []
     repeats = measured.entry.sampling.repeats
     lines = [
@@ -144,20 +176,32 @@ def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
         advice += f", or train_batch_size to {fitting}"
     elif train.gradient_accumulation_steps > 1:
         advice += f", or train_batch_size to 1 and gradient_accumulation_steps to {fullest * (repeats + 1)}"
+    if not measured.entry.repeats_set:
+        advice += ", or allow_dataset_oversubscription to true in config.json"
     message = (
         f"one optimizer step needs train_batch_size {train.train_batch_size} x gradient_accumulation_steps "
-        f"{train.gradient_accumulation_steps} = {effective} pictures of buckets that fill "
-        f"a batch, and there are too few: {'; '.join(lines)}. To fix it, {advice}."
+        f"{train.gradient_accumulation_steps} = {effective} pictures in whole batches of "
+        f"one bucket each, and there are too few: {'; '.join(lines)}. To fix it, {advice}."
     )
     return [Problem(f"{where}.repeats", message)]
 
 
-def steps_per_epoch(measured: Sequence[Measured], train: TrainSection) -> int:
-    """Optimizer steps per epoch; each bucket's incomplete batch is dropped."""
-    batches = sum(
-        count // train.train_batch_size
-        for one in measured
-        if one.trained_on
-        for count in kept_buckets(one, train).values()
+def unreadable_problems(measured: Measured, most: float) -> list[Problem]:
+    """More pictures than ``max_skipped_share`` cannot be read, so ``download_dataset`` would stop."""
+    total = measured.samples + len(measured.skipped)
+    lost = len(measured.unreadable)
+    if not measured.samples or lost <= most * total:
+        return []
+    told = [f"{on_one_line(name)}: {reason}" for name, reason in measured.skipped if name in measured.unreadable]
+    message = (
+        f"{lost} of {total} pictures cannot be read ({'; '.join(told[:_NAMED])}); mend or remove them, or raise "
+        f"max_skipped_share (now {most:g}) in config.json."
     )
+    return [Problem(f"{measured.entry.where}.instance_data_dir", message)]
+
+
+def steps_per_epoch(measured: Sequence[Measured], train: TrainSection) -> int:
+    """Optimizer steps per epoch of the first step's datasets; each bucket's incomplete batch is dropped."""
+    first = stages(train.datasets)[0].datasets
+    batches = sum(drawn_per_epoch(one, train) // train.train_batch_size for one in measured if one.id in first)
     return max(math.ceil(batches / train.gradient_accumulation_steps), 1)

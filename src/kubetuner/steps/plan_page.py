@@ -4,19 +4,30 @@ from collections import Counter
 from collections.abc import Sequence
 
 from kubetuner.config.load import RunConfig
+from kubetuner.config.schedule import stages, weights
 from kubetuner.config.sections import Sections
+from kubetuner.errors import on_one_line
 from kubetuner.steps.plan_costs import Costs
-from kubetuner.steps.plan_datasets import Measured, kept_buckets
+from kubetuner.steps.plan_datasets import Measured, drawn_per_epoch, kept_buckets
 
 _NAMED = 10
 
 
-def page(run: RunConfig, sections: Sections, measured: Sequence[Measured], epoch: int, costs: Costs) -> str:
-    """The whole page."""
+def page(
+    run: RunConfig,
+    sections: Sections,
+    measured: Sequence[Measured],
+    epoch: int,
+    costs: Costs,
+    raised: Sequence[str] = (),
+) -> str:
+    """The whole page; ``raised`` says which repeats the plan changed."""
     blocks = [
         "# Plan",
         _model(sections, epoch, costs),
         _datasets(sections, measured),
+        "\n".join(f"- {remark}" for remark in raised),
+        _turns(sections, measured),
         _buckets(sections, measured),
         _skipped(measured),
         _evaluation(sections),
@@ -47,7 +58,7 @@ def _model(sections: Sections, epoch: int, costs: Costs) -> str:
         ("steps", f"{steps} of {batch} pictures; {epoch} per epoch, {steps / epoch:.1f} epochs"),
         ("learning rate", f"{train.learning_rate:g}, {train.lr_scheduler}, {train.lr_warmup_steps} warm-up steps"),
         ("latents", amount(costs.latents_bytes)),
-        ("text embeddings", f"at most {amount(costs.text_embeds_bytes)}"),
+        ("text embeddings", f"at most {amount(costs.text_embeds_bytes)}, with one caption per picture"),
         ("memory", f"{amount(costs.training_memory_bytes)} for weights and optimizer; activations come on top"),
     ]
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows)
@@ -57,10 +68,10 @@ def _datasets(sections: Sections, measured: Sequence[Measured]) -> str:
     lines = ["## Datasets", "", "| id | role | pictures | skipped | buckets | repeats | per epoch | captions |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for one in measured:
-        drawn = sum(kept_buckets(one, sections.train).values()) if one.trained_on else 0
+        drawn = drawn_per_epoch(one, sections.train) if one.trained_on else 0
         cells = (
             one.id,
-            "trained on" if one.trained_on else "held out",
+            _role(one),
             one.samples,
             len(one.skipped),
             len(one.buckets),
@@ -69,6 +80,30 @@ def _datasets(sections: Sections, measured: Sequence[Measured]) -> str:
             one.entry.source.caption_strategy,
         )
         lines.append("| " + " | ".join(_cell(str(cell)) for cell in cells) + " |")
+    total = sum(drawn_per_epoch(one, sections.train) for one in measured if one.trained_on)
+    lines += ["", f"Samples per epoch: {total}; pictures x (repeats + 1), less what fills no batch of its bucket."]
+    return "\n".join(lines)
+
+
+def _role(one: Measured) -> str:
+    if not one.trained_on:
+        return "held out"
+    return "keeps the base's answers" if one.entry.sampling.is_regularisation_data else "trained on"
+
+
+def _turns(sections: Sections, measured: Sequence[Measured]) -> str:
+    """How likely each dataset's turn is, for each stage of the run."""
+    train = sections.train
+    if len(train.datasets) == 1 and len(stages(train.datasets)) == 1:
+        return ""
+    drawn = {one.id: drawn_per_epoch(one, train) for one in measured if one.trained_on}
+    lines = [f"## Turns of the datasets\n\nBy {train.data_backend_sampling} and probability, until each has run out:\n"]
+    for stage in stages(train.datasets):
+        if not stage.datasets or stage.first > (train.max_train_steps or stage.first):
+            continue
+        weight = weights(train, {name: drawn[name] for name in stage.datasets})
+        shares = (f"`{name}` {100 * value / sum(weight.values()):.1f} %" for name, value in weight.items())
+        lines.append(f"- {stage}: {', '.join(shares)}")
     return "\n".join(lines)
 
 
@@ -87,7 +122,11 @@ def _skipped(measured: Sequence[Measured]) -> str:
     names = [(one.id, name, reason) for one in measured for name, reason in one.skipped]
     if not names:
         return ""
-    lines = ["## Skipped pictures", "", *(f"- `{owner}/{name}`: {reason}" for owner, name, reason in names[:_NAMED])]
+    lines = [
+        "## Skipped pictures",
+        "",
+        *(f"- `{owner}/{on_one_line(name)}`: {reason}" for owner, name, reason in names[:_NAMED]),
+    ]
     if len(names) > _NAMED:
         lines.append(f"- and {len(names) - _NAMED} more")
     return "\n".join(lines)

@@ -111,12 +111,13 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
     batches = Batches(section, latents, text_embeds, family.facts.text_tensors)
     process = family.noise_process(section.model, section.process())
     bf16 = section.mixed_precision == "bf16"
+    regularising = frozenset(dataset.id for dataset in section.datasets if dataset.is_regularisation_data)
     return Job(
         section=section,
         denoiser=_denoiser(section, family, device),
-        objective=Objective(family, process, batches.null, section.seed, bf16, section.noise),
+        objective=Objective(family, process, batches.null, section.seed, bf16, section.noise, regularising),
         batches=batches,
-        batches_per_epoch=batches.batches_per_epoch,
+        epochs=batches.epochs,
         total_steps=_total_steps(section, batches.batches_per_epoch),
         device=device,
     )

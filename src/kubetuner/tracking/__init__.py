@@ -2,15 +2,18 @@
 
 Everything a step logs is first appended to a journal, a JSON Lines file in the spool folder. One background thread
 makes all MLflow calls: it sends the journal in batches, and what it could not send stays in the spool until a later
-step of the same pipeline run sends it. Sending twice is harmless: MLflow keeps equal points once.
+step or run with the same spool, server and experiment sends it. Sending twice is harmless: MLflow keeps equal points
+once. A step that was killed leaves a journal without an end; who finds it ends its run as FAILED.
 
 Environment:
     MLFLOW_TRACKING_URI: Server or database; without it nothing is tracked.
     MLFLOW_EXPERIMENT_NAME: Default ``kubetuner``.
     KUBETUNER_RUN_ID: Groups the steps of one pipeline run under one parent run (tag ``kubetuner.run_id``).
+    KUBETUNER_RUN_NAME: Name of that parent run; default ``KUBETUNER_RUN_ID``.
     MLFLOW_RUN_ID: Log into this run and never end it: its owner (Kubeflow's MLflow plugin) does.
     KUBETUNER_MLFLOW_ARTIFACTS: Folder for artifacts, used when the experiment is created.
-    KUBETUNER_SPOOL: Spool folder; default ``$KUBETUNER_STORE/spool``, else a folder in the temporary directory.
+    KUBETUNER_SPOOL: Spool folder; default ``$KUBETUNER_STORE/spool``. Where there is none, or it cannot be written, a
+        folder in the temporary directory.
 """
 
 import contextlib
@@ -25,7 +28,7 @@ from typing import Literal, Protocol
 
 from kubetuner.errors import ArtifactError
 from kubetuner.tracking.journal import Entry, Journal
-from kubetuner.tracking.sender import Sender, first_line, in_background, replay
+from kubetuner.tracking.sender import Sender, first_line, in_background, masked, replay
 from kubetuner.tracking.server import Server, Settings, configure_client, upload_seconds
 
 __all__ = ["Run", "Status", "fetch_model", "finish_parent", "track"]
@@ -84,7 +87,7 @@ class _Tracked:
 
     @property
     def run_id(self) -> str:
-        return self._sender.delivery.run_id
+        return self._journal.run_id
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         now = _now()
@@ -115,7 +118,7 @@ class _Tracked:
 
 @contextlib.contextmanager
 def track(step: str, params: Mapping[str, str]) -> Iterator[Run]:
-    """Track ``step`` as a run of its own, FAILED when the block raises and FINISHED otherwise.
+    """Track ``step`` as a run of its own: FINISHED, or FAILED with the exception as tag ``kubetuner.error``.
 
     Args:
         step: Name of the run.
@@ -130,32 +133,33 @@ def track(step: str, params: Mapping[str, str]) -> Iterator[Run]:
         yield _Untracked()
         return
     journal, sender = opened
-    status: Status = "FAILED"
+    end = Entry(kind="end", status="FINISHED")
     try:
         yield _Tracked(journal, sender)
-        status = "FINISHED"
+    except BaseException as error:
+        end = Entry(kind="end", status="FAILED", note=masked(f"{type(error).__name__}: {error}"))
+        raise
     finally:
         if not settings.run_id:
-            journal.append(Entry(kind="end", text=status, time=_now()))
+            journal.append(end.model_copy(update={"time": _now()}))
         sender.close(settings.patience)
 
 
 def finish_parent(status: Status) -> None:
     """End the parent run of ``KUBETUNER_RUN_ID``, after sending what its steps left behind.
 
-    Called once by who runs the pipeline. Waits a bounded time and never raises.
+    Children that are still running then are FAILED. Called once by who runs the pipeline, when all steps have ended.
+    Waits a bounded time and never raises; what the server does not take waits in the spool for a later run.
     """
     settings = Settings.from_environment()
     if not settings.group or settings.run_id or not _available(settings):
         return
-
-    def work(server: Server) -> None:
-        replay(server, settings.spool())
-        experiment = server.experiment()
-        if parent := server.find_parent(experiment, settings.group):
-            server.end_run(parent, status, _now())
-
-    done = in_background(lambda: work(Server(settings)))
+    journal = _create_journal(settings)
+    if journal is None:
+        return
+    journal.append(Entry(kind="finish", text=settings.group, note=settings.group_name, status=status, time=_now()))
+    journal.close(delivered=False)
+    done = in_background(lambda: replay(Server(settings), journal.path.parent))
     try:
         done.result(timeout=settings.patience)
     except Exception as error:  # noqa: BLE001 - tracking must not fail the pipeline, whatever the client raises
@@ -183,21 +187,29 @@ def fetch_model(uri: str, out: Path) -> Path:
 def _open(settings: Settings, step: str, params: Mapping[str, str]) -> tuple[Journal, Sender] | None:
     if not _available(settings):
         return None
-    try:
-        journal = Journal.create(settings.spool())
-        if settings.run_id:
-            journal.append(Entry(kind="run", text=settings.run_id))
-        else:
-            journal.append(Entry(kind="start", key=step, text=settings.group, time=_now()))
-        journal.append(Entry(kind="params", params=dict(params)))
-    except OSError as error:
-        logger.warning("nothing is tracked: the spool folder cannot be written: %s", error)
+    journal = _create_journal(settings)
+    if journal is None:
         return None
+    if settings.run_id:
+        journal.note_sent(0, settings.run_id)
+    else:
+        journal.append(Entry(kind="start", key=step, text=settings.group, note=settings.group_name, time=_now()))
+    journal.append(Entry(kind="params", params=dict(params)))
     sender = Sender(settings, journal)
     sender.start()
     if not sender.started.wait(settings.patience):
         logger.warning("MLflow does not answer; the step goes on and what it logs waits in %s", journal.path)
     return journal, sender
+
+
+def _create_journal(settings: Settings) -> Journal | None:
+    for folder in settings.spools():
+        try:
+            return Journal.create(folder)
+        except OSError as error:
+            logger.warning("the spool folder %s cannot be written: %s", folder, error)
+    logger.warning("nothing is tracked: there is no spool folder")
+    return None
 
 
 def _available(settings: Settings) -> bool:

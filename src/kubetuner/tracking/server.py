@@ -1,14 +1,16 @@
 """The MLflow calls we make."""
 
+import fcntl
 import hashlib
 import logging
 import os
+import posixpath
 import re
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -18,6 +20,10 @@ from kubetuner.tracking.journal import Entry
 logger = logging.getLogger(__name__)
 
 RUN_TAG = "kubetuner.run_id"
+ROLE_TAG = "kubetuner.role"
+STEP_TAG = "kubetuner.step"
+JOURNAL_TAG = "kubetuner.journal"
+ERROR_TAG = "kubetuner.error"
 PARENT_TAG = "mlflow.parentRunId"
 WAIT_SECONDS = 10.0
 """How long a step waits for a server, at its start and at its end."""
@@ -27,10 +33,13 @@ SLOWEST_UPLOAD = 10e6
 """Bytes per second below which a model upload is given up."""
 FILE_SECONDS = 30.0
 """How long one picture or text may take."""
+MAX_KEY_CHARACTERS = 250
 MAX_PARAM_CHARACTERS = 6000
+MAX_TAG_CHARACTERS = 5000
 _TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 _CLIENT_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # which may hold a password
     _TIMEOUT: "6",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -38,7 +47,7 @@ _CLIENT_SETTINGS = {
 
 
 def configure_client() -> None:
-    """Make the client give up soon; its own defaults block a call for minutes. What the user set stays."""
+    """Make the client quiet and give up soon; its own defaults block a call for minutes. What the user set stays."""
     for name, value in _CLIENT_SETTINGS.items():
         os.environ.setdefault(name, value)
 
@@ -80,8 +89,9 @@ request_timeout = _Timeout()
 
 
 def _key(name: str) -> str:
-    """``name`` in the characters that MLflow allows."""
-    return re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII)
+    """``name`` as MLflow allows it: few characters, not too long, and the plain form of a relative path."""
+    plain = re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII)[:MAX_KEY_CHARACTERS]
+    return posixpath.normpath(plain).lstrip("./") or "_"
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,7 @@ class Settings:
     experiment: str
     artifacts: str
     group: str
+    group_name: str
     run_id: str
 
     @classmethod
@@ -103,6 +114,7 @@ class Settings:
             experiment=env.get("MLFLOW_EXPERIMENT_NAME", "") or "kubetuner",
             artifacts=env.get("KUBETUNER_MLFLOW_ARTIFACTS", ""),
             group=env.get("KUBETUNER_RUN_ID", "").replace("'", ""),
+            group_name=env.get("KUBETUNER_RUN_NAME", ""),
             run_id=env.get("MLFLOW_RUN_ID", ""),
         )
 
@@ -111,14 +123,31 @@ class Settings:
         """Seconds that a step waits for MLflow."""
         return WAIT_SECONDS if self.uri.startswith("http") else DATABASE_WAIT_SECONDS
 
-    def spool(self) -> Path:
-        """The folder of journals that belong together: same server, experiment and pipeline run."""
-        root = os.environ.get("KUBETUNER_SPOOL", "")
-        if not root:
-            store = os.environ.get("KUBETUNER_STORE", "")
-            root = f"{store}/spool" if store else f"{tempfile.gettempdir()}/kubetuner-spool-{os.getuid()}"
+    def spools(self) -> tuple[Path, Path]:
+        """Folders of the journals for this server and experiment: the usual one, and one for when that is read-only."""
         server = hashlib.sha256(f"{self.uri}\n{self.experiment}".encode()).hexdigest()[:12]
-        return Path(root) / server / (re.sub(r"[^\w.-]", "_", self.group or self.run_id) or "single")
+        temporary = f"{tempfile.gettempdir()}/kubetuner-spool-{os.getuid()}"
+        store = os.environ.get("KUBETUNER_STORE", "")
+        root = os.environ.get("KUBETUNER_SPOOL", "") or (f"{store}/spool" if store else temporary)
+        return Path(root) / server, Path(temporary) / server
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep out other processes with the same spool; where no spool folder can be locked, keep out none."""
+        with ExitStack() as stack:
+            for folder in self.spools():
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    stream = stack.enter_context((folder / ".lock").open("w"))
+                    fcntl.flock(stream, fcntl.LOCK_EX)
+                    break
+                except OSError:
+                    continue
+            yield
+
+
+def _parent_mark(group: str) -> dict[str, str]:
+    return {RUN_TAG: group, ROLE_TAG: "parent"}
 
 
 class Server:
@@ -127,8 +156,12 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         from mlflow import MlflowClient
 
-        self._client = MlflowClient(tracking_uri=settings.uri)
         self._settings = settings
+        if settings.uri.startswith("http"):
+            self._client = MlflowClient(tracking_uri=settings.uri)
+        else:
+            with settings.alone():  # two that make a database's tables at once break it
+                self._client = MlflowClient(tracking_uri=settings.uri)
 
     def experiment(self) -> str:
         """Id of the experiment, created when missing."""
@@ -146,40 +179,76 @@ class Server:
                     raise
         return str(found.experiment_id)
 
-    def find_parent(self, experiment: str, group: str) -> str:
-        """The group's oldest parent run, or empty."""
-        found = self._client.search_runs(
-            [experiment],
-            filter_string=f"tags.`{RUN_TAG}` = '{group}' and tags.`kubetuner.role` = 'parent'",
-            order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
-            max_results=1,
-        )
-        return str(found[0].info.run_id) if found else ""
-
-    def parent(self, experiment: str, group: str) -> str:
-        """The group's parent run; of several steps that create it at once all keep the oldest."""
-        if parent := self.find_parent(experiment, group):
-            return parent
-        tags = {RUN_TAG: group, "kubetuner.role": "parent"}
-        own = str(self._client.create_run(experiment, tags=tags, run_name=group).info.run_id)
-        time.sleep(0.5)  # a run with an older start time may become visible only now
-        parent = self.find_parent(experiment, group) or own
-        if parent != own:
-            self._client.delete_run(own)
-        return parent
-
-    def create_run(self, start: Entry) -> str:
-        """A run for a step, below its group's parent run; returns its id."""
+    def create_run(self, start: Entry, journal: str) -> str:
+        """A run for a step, below its group's parent run; returns its id. ``journal`` tells it from all others."""
         experiment = self.experiment()
-        tags = {"kubetuner.step": start.key}
-        if start.text:
-            tags |= {RUN_TAG: start.text, PARENT_TAG: self.parent(experiment, start.text)}
-        run = self._client.create_run(experiment, start_time=start.time, tags=tags, run_name=start.key)
-        return str(run.info.run_id)
+        mark = {JOURNAL_TAG: journal, STEP_TAG: start.key}
+        if not start.text:
+            return self._only_run(experiment, mark, mark, start.key, start.time)
+        parent = self._parent(experiment, start, journal)
+        return self._only_run(experiment, mark, mark | {RUN_TAG: start.text, PARENT_TAG: parent}, start.key, start.time)
 
-    def end_run(self, run_id: str, status: str, end_time: int) -> None:
-        """Terminate a run."""
-        self._client.set_terminated(run_id, status=status, end_time=end_time)
+    def end_run(self, run_id: str, end: Entry) -> None:
+        """Terminate a run; what went wrong becomes a tag."""
+        if end.note:
+            self._client.set_tag(run_id, ERROR_TAG, end.note[:MAX_TAG_CHARACTERS])
+        self._client.set_terminated(run_id, status=end.status, end_time=end.time)
+
+    def finish_group(self, finish: Entry, journal: str) -> None:
+        """Terminate the group's parent run, and as FAILED the children that are still running: their steps are gone.
+
+        Of several parents the oldest gets all children.
+        """
+        experiment = self.experiment()
+        parent = self._parent(experiment, finish, journal)
+        for other in self._search(experiment, _parent_mark(finish.text))[1:]:  # made at once without a common spool
+            for run in self._search(experiment, {PARENT_TAG: other}):
+                self._client.set_tag(run, PARENT_TAG, parent)
+            self._client.delete_run(other)
+        for run in self._search(experiment, {PARENT_TAG: parent}, " and attributes.status = 'RUNNING'"):
+            self._client.set_terminated(run, status="FAILED", end_time=finish.time)
+        self._client.set_terminated(parent, status=finish.status, end_time=finish.time)
+
+    def _parent(self, experiment: str, entry: Entry, journal: str) -> str:
+        """The parent run of the entry's group."""
+        mark = _parent_mark(entry.text)
+        tags = mark | {JOURNAL_TAG: journal}
+        with self._settings.alone():
+            return self._only_run(experiment, mark, tags, entry.note or entry.text, entry.time, settle=0.5)
+
+    def _only_run(
+        self,
+        experiment: str,
+        mark: Mapping[str, str],
+        tags: Mapping[str, str],
+        name: str,
+        start_time: int,
+        settle: float = 0.0,
+    ) -> str:
+        """The oldest run with the tags ``mark``, created when missing.
+
+        Several are created when two steps start at once, and when a request timed out that was carried out. All keep
+        the oldest and delete what they made besides. One that is older may become visible only after ours, the later
+        the slower the server is, so the choice waits ``settle`` seconds and as long as the server needed.
+        """
+        found = self._search(experiment, mark)
+        if not found:
+            asked = time.monotonic()
+            own = self._client.create_run(experiment, start_time=start_time, tags=dict(tags), run_name=name)
+            if settle:
+                time.sleep(settle + 2 * (time.monotonic() - asked))
+            found = self._search(experiment, mark) or [str(own.info.run_id)]
+        for run in self._search(experiment, tags):
+            if run != found[0]:
+                self._client.delete_run(run)
+        return found[0]
+
+    def _search(self, experiment: str, tags: Mapping[str, str], more: str = "") -> list[str]:
+        """Ids of the runs with ``tags``, the oldest first."""
+        wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        order = ["attributes.start_time ASC", "attributes.run_id ASC"]
+        found = self._client.search_runs([experiment], filter_string=wanted + more, order_by=order)
+        return [str(run.info.run_id) for run in found]
 
     def log_points(self, run_id: str, points: list[Entry]) -> None:
         """At most 1000 points in one call."""
@@ -192,7 +261,7 @@ class Server:
         """Parameters under ``cfg/``: Kubeflow's plugin logs plain names, and a parameter cannot change its value."""
         from mlflow.entities import Param
 
-        rows = [Param(f"cfg/{_key(key)}", value[:MAX_PARAM_CHARACTERS]) for key, value in sorted(params.items())]
+        rows = [Param(_key(f"cfg/{key}"), value[:MAX_PARAM_CHARACTERS]) for key, value in sorted(params.items())]
         for first in range(0, len(rows), 100):
             self._client.log_batch(run_id, params=rows[first : first + 100], synchronous=True)
 
@@ -207,8 +276,8 @@ class Server:
 
         try:
             with Image.open(entry.text) as picture:
-                pixels = picture.copy()
-        except OSError as error:
+                pixels = picture.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's for broken files
             logger.warning("picture %s is not logged: %s", entry.key, error)
             return
         with request_timeout(FILE_SECONDS):

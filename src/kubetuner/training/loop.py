@@ -7,6 +7,7 @@ number are all that a checkpoint needs, and a resumed run has the losses of an u
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ class Job:
 
     Attributes:
         denoiser: The network on its device; the parameters that require gradients are trained.
-        batches_per_epoch: For the logged epoch number.
+        epochs: Epochs gone through after so many micro-steps, for the log.
         total_steps: Optimizer steps.
     """
 
@@ -45,7 +46,7 @@ class Job:
     denoiser: nn.Module
     objective: Objective
     batches: BatchSource
-    batches_per_epoch: int
+    epochs: Callable[[int], float]
     total_steps: int
     device: torch.device
 
@@ -139,6 +140,7 @@ def _run_backwards(job: Job, parameters: list[nn.Parameter], feed: Feed, step: i
     """Gradients of one optimizer step, clipped."""
     section, micro_steps = job.section, job.section.gradient_accumulation_steps
     samples: list[str] = []
+    regularising: list[bool] = []
     losses: list[Tensor] = []
     for micro in range(micro_steps):
         question = feed.next()
@@ -146,11 +148,12 @@ def _run_backwards(job: Job, parameters: list[nn.Parameter], feed: Feed, step: i
         loss = job.objective.losses(job.denoiser, question)
         (loss.mean() / micro_steps).backward()  # type: ignore[no-untyped-call]
         samples.extend(question.samples)
+        regularising.extend([question.regularising] * len(question.samples))
         losses.append(loss.detach())
     size = clip_gradients(section, parameters)
     rate = learning_rate(section, step, job.total_steps)
-    epoch = (step + 1) * micro_steps / job.batches_per_epoch
-    return TakenStep(step + 1, rate, epoch, tuple(samples), torch.cat(losses), size)
+    epoch = job.epochs((step + 1) * micro_steps)
+    return TakenStep(step + 1, rate, epoch, tuple(samples), torch.cat(losses), size, tuple(regularising))
 
 
 def _checkpoint_due(job: Job, taken: int) -> bool:

@@ -77,4 +77,7 @@ class Meter:
             values = {"train_loss": loss, "learning_rate": taken.learning_rate, "epoch": taken.epoch}
             if self._ema is not None:
                 values["ema_decay_value"] = decay_after(self._ema, taken.number)
+            parents = [loss for loss, regularising in zip(losses, taken.regularising, strict=True) if regularising]
+            if parents:
+                values["regularisation_loss"] = sum(parents) / len(parents)
             self._log({**values, self._gradient_name: gradient}, taken.number)

@@ -81,6 +81,7 @@ class Guard:
             "steps_before": step,
             "learning_rate": taken.learning_rate,
             "losses": [f"{name}: {loss}" for name, loss in zip(taken.samples, losses, strict=True)],
+            "regularising": list(taken.regularising),
             "gradient": str(gradient),
             "seed": seed,
             "seeds": [

@@ -12,6 +12,7 @@ from kubetuner.artifacts import LatentRow
 from kubetuner.config.objective import NoiseSettings
 from kubetuner.diffusion.process import NoiseProcess, NoisySample
 from kubetuner.families.base import Family, Named
+from kubetuner.families.lora import without_adapter
 from kubetuner.training.noise import draw_noise
 from kubetuner.training.randomness import generator
 
@@ -45,16 +46,23 @@ class BatchSource(Protocol):
 
 @dataclass(frozen=True)
 class Question:
-    """A noised batch on its way to the denoiser."""
+    """A noised batch on its way to the denoiser.
+
+    Attributes:
+        regularising: The adapter is to answer as the base model does (``is_regularisation_data``); the target in
+            ``noisy`` is not used.
+    """
 
     samples: tuple[str, ...]
     noisy: NoisySample
     conditioning: Named
+    regularising: bool = False
 
     def on(self, device: torch.device) -> "Question":
         """The same on ``device``; from pinned memory without waiting for the copy."""
         noisy = NoisySample(*(_to(tensor, device) for tensor in self.noisy.tensors()))
-        return Question(self.samples, noisy, {name: _to(tensor, device) for name, tensor in self.conditioning.items()})
+        conditioning = {name: _to(tensor, device) for name, tensor in self.conditioning.items()}
+        return replace(self, noisy=noisy, conditioning=conditioning)
 
     def named(self) -> Named:
         """All tensors by name."""
@@ -64,7 +72,8 @@ class Question:
     def pinned(self) -> "Question":
         """The same in page-locked memory."""
         noisy = NoisySample(*(tensor.pin_memory() for tensor in self.noisy.tensors()))
-        return Question(self.samples, noisy, {name: tensor.pin_memory() for name, tensor in self.conditioning.items()})
+        conditioning = {name: tensor.pin_memory() for name, tensor in self.conditioning.items()}
+        return replace(self, noisy=noisy, conditioning=conditioning)
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,7 @@ class Objective:
         null: Embedding of the empty text.
         seed: Seed of noise and noise levels.
         noise: Changes to the noise.
+        regularising: Ids of the datasets whose target is the base model's own prediction.
     """
 
     family: Family
@@ -83,6 +93,7 @@ class Objective:
     seed: int
     mixed_precision: bool
     noise: NoiseSettings = NoiseSettings()
+    regularising: frozenset[str] = frozenset()
 
     def question(self, batch: Batch, step: int, micro: int) -> Question:
         """Draw noise and levels for ``batch`` and noise it, on the CPU."""
@@ -93,7 +104,9 @@ class Objective:
         if noise.input is not noise.target:
             noisy = replace(noisy, noisy_latents=self.process.add_noise(latents, noise.input, levels).noisy_latents)
         conditioning = self.family.collate(batch.texts, self.null, batch.rows)
-        return Question(tuple(row.sample for row in batch.rows), noisy, conditioning)
+        names = tuple(row.sample for row in batch.rows)
+        regularising = batch.rows[0].dataset in self.regularising
+        return Question(names, noisy, conditioning, regularising)
 
     def answer(self, denoiser: nn.Module, question: Question) -> Tensor:
         """The denoiser's prediction, float32."""
@@ -104,7 +117,11 @@ class Objective:
 
     def losses(self, denoiser: nn.Module, question: Question) -> Tensor:
         """Loss per sample, float32 ``[B]``."""
-        return self.process.loss(self.answer(denoiser, question), question.noisy)
+        noisy = question.noisy
+        if question.regularising:
+            with torch.no_grad(), without_adapter(denoiser):
+                noisy = replace(noisy, target=self.answer(denoiser, question))
+        return self.process.loss(self.answer(denoiser, question), noisy)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
         return torch.autocast(device.type, torch.bfloat16) if self.mixed_precision else nullcontext()

@@ -16,6 +16,7 @@ class TakenStep:
         samples: Names, in the order of ``losses``.
         losses: Loss per sample over all micro-steps.
         gradient: Size of the gradient before clipping.
+        regularising: Per sample, whether its target was the base model's prediction.
     """
 
     number: int
@@ -24,6 +25,7 @@ class TakenStep:
     samples: tuple[str, ...]
     losses: Tensor
     gradient: Tensor
+    regularising: tuple[bool, ...]
 
 
 def what_is_not_finite(taken: TakenStep, losses: Sequence[float], gradient: float) -> str:

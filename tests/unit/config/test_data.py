@@ -26,14 +26,68 @@ def texts(**more):
         ({"crop": "False"}, "crop", "true or false"),
         ({"crop_style": "middle"}, "crop_style", "'random' or 'center' or 'centre' or 'corner'"),
         ({"crop_style": "face"}, "crop_style", "not available yet"),
-        ({"crop_aspect": "closest"}, "crop_aspect", "not available yet"),
-        ({"type": "aws"}, "type", "not available yet"),
-        ({"type": "huggingface"}, "type", "not available yet"),
+        ({"crop_aspect": "widest"}, "crop_aspect", "'preserve' or 'closest' or 'random'"),
+        ({"crop_aspect": "closest", "crop_aspect_buckets": [1.0]}, "crop_aspect", "set crop to true"),
+        ({"crop": True, "crop_aspect": "closest"}, "crop_aspect_buckets", "is missing"),
+        ({"crop": True, "crop_aspect": "random", "crop_aspect_buckets": []}, "crop_aspect_buckets", "needs a list"),
+        ({"crop": True, "crop_aspect": "random", "crop_aspect_buckets": [0]}, "crop_aspect_buckets", "above 0"),
+        ({"crop": True, "crop_aspect": "random", "crop_aspect_buckets": [True]}, "crop_aspect_buckets", "above 0"),
+        (
+            {"crop": True, "crop_aspect": "random", "crop_aspect_buckets": [1.0, {"aspect": 1, "weight": 1}]},
+            "crop_aspect_buckets",
+            "not a mixture",
+        ),
+        (
+            {"crop": True, "crop_aspect": "random", "crop_aspect_buckets": [{"aspect": 1, "weight": 0.5}]},
+            "crop_aspect_buckets",
+            "add up to 0.5",
+        ),
+        ({"crop": True, "crop_aspect_buckets": [1.0]}, "crop_aspect_buckets", "would not be used"),
+        ({"minimum_aspect_ratio": 2, "maximum_aspect_ratio": 1}, "minimum_aspect_ratio", "no picture fits"),
+        ({"crop": True, "minimum_aspect_ratio": 1.5}, "minimum_aspect_ratio", "leaves out every picture"),
+        ({"crop": True, "maximum_aspect_ratio": 0.5}, "maximum_aspect_ratio", "leaves out every picture"),
+        ({"type": "webshart"}, "type", "not available yet"),
+        ({"type": "gcs"}, "instance_data_dir", "expected gs://bucket/prefix"),
+        ({"instance_data_dir": "gs://b/x"}, "instance_data_dir", "set type to gcs"),
+        ({"instance_data_dir": "s3://b/x"}, "instance_data_dir", "set type to aws"),
+        ({"type": "aws"}, "aws_bucket_name", "missing"),
+        ({"type": "aws", "aws_bucket_name": "b", "instance_data_dir": "/x"}, "instance_data_dir", "inside the bucket"),
+        ({"aws_bucket_name": "b"}, "aws_bucket_name", "no effect with type local"),
+        ({"aws_secret_access_key": "hunter2"}, "aws_secret_access_key", "AWS_SECRET_ACCESS_KEY"),
+        ({"type": "csv"}, "csv_file", "expected a .csv, .tsv, .parquet file"),
+        ({"type": "csv", "csv_file": 5}, "csv_file", "expected a string"),
+        ({"type": "csv", "csv_file": "a.csv", "caption_strategy": "csv"}, "csv_caption_column", "missing"),
+        (
+            {"type": "csv", "csv_file": "a.csv", "csv_caption_column": "c", "caption_strategy": "filename"},
+            "csv_caption_column",
+            "would not be used",
+        ),
+        ({"type": "csv", "csv_file": "a.csv", "caption_strategy": "textfile"}, "caption_strategy", "no files beside"),
+        ({"caption_strategy": "csv"}, "caption_strategy", "needs type csv"),
+        ({"type": "huggingface"}, "dataset_name", "expected namespace/name"),
+        ({"type": "huggingface", "dataset_name": "a/b", "filter_func": {}}, "filter_func", "not available yet"),
+        (
+            {"type": "huggingface", "dataset_name": "a/b", "caption_strategy": "huggingface"},
+            "caption_column",
+            "missing",
+        ),
+        ({"type": "huggingface", "huggingface": 3, "dataset_name": "a/b"}, "huggingface", "expected an object"),
+        (
+            {"type": "huggingface", "huggingface": {"dataset_name": "a/c"}, "dataset_name": "a/b"},
+            "huggingface.dataset_name",
+            "given twice",
+        ),
         ({"dataset_type": "conditioning"}, "dataset_type", "not available yet"),
         ({"caption_strategy": "parquet"}, "caption_strategy", "not available yet"),
         ({"metadata_backend": "parquet"}, "metadata_backend", "not available yet"),
         ({"parquet": {"path": "x"}}, "parquet", "not available yet"),
-        ({"skip_file_discovery": "vae"}, "skip_file_discovery", "not available yet"),
+        ({"skip_file_discovery": "vae latents"}, "skip_file_discovery", "names latents; expected words of vae, aspect"),
+        ({"preserve_data_backend_cache": "true"}, "preserve_data_backend_cache", "true or false"),
+        ({"max_num_samples": 0}, "max_num_samples", "at least 1"),
+        ({"start_epoch": 2}, "start_epoch", "start_step and end_step count optimizer steps"),
+        ({"start_step": 5, "end_step": 4}, "end_step", "before start_step 5"),
+        ({"start_step": 5, "dataset_type": "eval"}, "start_step", "no meaning"),
+        ({"is_regularisation_data": True, "dataset_type": "eval"}, "is_regularisation_data", "no meaning"),
         ({"instance_promt": "x"}, "instance_promt", "did you mean 'instance_prompt'"),
         ({"instance_prompt": "x"}, "instance_prompt", "would not be used"),
         ({"caption_strategy": "instanceprompt"}, "instance_prompt", "needs a prompt"),
@@ -84,6 +138,28 @@ def test_entries_together(entries, where) -> None:
     assert list(problems_of(*entries)) == [where]
 
 
+def source_of(**entry):
+    return load(CONFIG, [entry]).data.pictures[0].source
+
+
+def test_sources() -> None:
+    assert source_of(id="a", type="gcs", instance_data_dir="gs://bucket").instance_data_dir == "gs://bucket"
+    table = source_of(id="a", type="csv", csv_file="a.csv", csv_caption_column="text", csv_cache_dir="x")
+    assert (table.caption_strategy, table.table.file, table.table.url_column) == ("csv", "a.csv", "url")
+    columns = {"dataset_name": "me/rings", "revision": "v1", "caption_column": "text", "num_proc": 4}
+    for entry in (columns, {"huggingface": columns}):
+        found = source_of(id="a", type="huggingface", metadata_backend="huggingface", **entry)
+        assert (found.caption_strategy, found.hub.name, found.hub.revision) == ("huggingface", "me/rings", "v1")
+    bucket = source_of(id="a", type="aws", aws_bucket_name="b", aws_endpoint_url="http://x", aws_region_name="auto")
+    assert bucket.bucket.model_dump() == {"name": "b", "endpoint_url": "http://x", "region": "auto"}
+
+
+def test_a_secret_is_not_repeated() -> None:
+    found = problems_of(image(type="aws", aws_bucket_name="b", instance_data_dir="", aws_access_key_id="hunter2"))
+    assert list(found) == ["[0].aws_access_key_id"]
+    assert "hunter2" not in str(found)
+
+
 def test_accepted_spellings(monkeypatch) -> None:
     monkeypatch.setenv("KT_DATA", "/mnt/data")
     run = load(
@@ -93,7 +169,7 @@ def test_accepted_spellings(monkeypatch) -> None:
             image(
                 id="b", dataset_type="eval", cache_dir_vae="{output_dir}/{model_family}", is_regularization_data=False
             ),
-            image(id="gone", disable=True, type="aws", nonsense=1),
+            image(id="gone", disable=True, type="aws", nonsense=1, huggingface=2),
         ],
     )
     first, second = run.data.pictures
@@ -104,3 +180,107 @@ def test_accepted_spellings(monkeypatch) -> None:
     assert second.source.dataset_type == "eval"
     assert run.sections.evaluate.eval_datasets == ("b",)
     assert [one.id for one in run.sections.train.datasets] == ["a"]
+
+
+def test_aspect_ratios_reach_the_geometry() -> None:
+    listed = image(crop=True, crop_aspect="closest", crop_aspect_buckets=[0.5, 1, 1.5], minimum_aspect_ratio=0.6)
+    weighted = [{"aspect": 1.0, "weight": 0.7}, {"aspect": 1.5, "weight": 0.3}]
+    drawn = image(id="b", crop=True, crop_aspect="random", crop_aspect_buckets=weighted, maximum_aspect_ratio=2)
+    first, second = (entry.geometry for entry in load(CONFIG, [listed, drawn]).sections.cache_vae.datasets)
+    assert first.crop_aspect_buckets == ((0.5, 1.0), (1.0, 1.0), (1.5, 1.0))
+    assert (first.crop_aspect, first.minimum_aspect_ratio, first.maximum_aspect_ratio) == ("closest", 0.6, None)
+    assert second.crop_aspect_buckets == ((1.0, 0.7), (1.5, 0.3))
+    assert (second.crop_aspect, second.minimum_aspect_ratio, second.maximum_aspect_ratio) == ("random", None, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("entry", "key"),
+    [
+        ({"crop": True, "minimum_aspect_ratio": 0.5}, "minimum_aspect_ratio"),
+        ({"crop": False, "crop_aspect": "square"}, "crop_aspect"),
+        ({"maximum_image_size": 2048, "target_downsample_size": 1024}, "maximum_image_size"),
+        ({"skip_file_discovery": "vae, aspect metadata"}, "skip_file_discovery"),
+        ({"preserve_data_backend_cache": True}, "preserve_data_backend_cache"),
+        ({"hash_filenames": False}, "hash_filenames"),
+        ({"write_batch_size": 64}, "write_batch_size"),
+        ({"is_regularisation_data": True}, "is_regularisation_data"),
+    ],
+)
+def test_what_has_no_effect_is_noted(entry, key) -> None:
+    run = load(CONFIG, [image(**entry)])
+    (note,) = run.notes
+    assert note.startswith(f"multidatabackend.json[0].`{key}`: ")
+    plain = {name: value for name, value in entry.items() if ("size" in name and "batch" not in name) or name == "crop"}
+    assert run.sections.train == load(CONFIG, [image(**plain)]).sections.train
+
+
+@pytest.mark.parametrize("words", ["", " ", None])
+def test_skipping_nothing_needs_no_note(words) -> None:
+    assert load(CONFIG, [image(skip_file_discovery=words)]).notes == ()
+
+
+def test_text_entries_and_the_run_may_ask_to_skip_too() -> None:
+    config = {**CONFIG, "skip_file_discovery": "vae", "preserve_data_backend_cache": True}
+    notes = load(config, [image(), texts(skip_file_discovery="text", preserve_data_backend_cache=True)]).notes
+    places = [note.partition("`: ")[0] for note in notes]
+    assert places == [
+        "config.json.`skip_file_discovery",
+        "config.json.`preserve_data_backend_cache",
+        "multidatabackend.json[1].`preserve_data_backend_cache",
+        "multidatabackend.json[1].`skip_file_discovery",
+    ]
+    assert list(problems_of(image(), texts(skip_file_discovery="everything"))) == ["[1].skip_file_discovery"]
+
+
+STEPS = {**CONFIG, "max_train_steps": 100}
+
+
+def test_sampling_keys_reach_their_sections() -> None:
+    entry = image(
+        repeats=3, probability=0.5, start_step=2, max_num_samples=10, disable_multiline_split=True,
+        caption_strategy="textfile",
+    )  # fmt: skip
+    sections = load(STEPS, [entry, image(id="b", end_step=60)]).sections
+    first, second = sections.train.datasets
+    assert (first.repeats, first.probability, first.start_step, first.end_step) == (3, 0.5, 2, None)
+    assert (second.repeats, second.probability, second.start_step, second.end_step) == (0, 1.0, 0, 60)
+    source = sections.download.datasets[0]
+    assert (source.max_num_samples, source.disable_multiline_split) == (10, True)
+
+
+@pytest.mark.parametrize(
+    ("config", "entries", "where", "message"),
+    [
+        (CONFIG, [image(), image(id="b", start_step=9)], "[1].start_step", "needs max_train_steps"),
+        (STEPS, [image(end_step=60)], "[0].end_step", "steps 61 to 100 of 100 without any dataset"),
+        (STEPS, [image(start_step=2)], "[0].start_step", "steps 1 to 1 of 100"),
+        (STEPS, [image(end_step=10), image(id="b", start_step=12)], "[0].end_step", "steps 11 to 11 of 100"),
+    ],
+)
+def test_schedules_must_cover_the_run(config, entries, where, message) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(config, entries)
+    (problem,) = caught.value.problems
+    assert problem.where == f"multidatabackend.json{where}"
+    assert message in problem.message
+
+
+def test_a_dataset_that_the_run_does_not_reach_is_noted() -> None:
+    (note,) = load(STEPS, [image(), image(id="b", start_step=101)]).notes
+    assert (
+        note == "multidatabackend.json[1].`start_step`: the run ends after step 100, so the dataset is never drawn from"
+    )
+
+
+def test_schedules_that_cover_the_run_are_accepted() -> None:
+    entries = [image(end_step=60), image(id="b", start_step=1, end_step=30), image(id="c", start_step=61)]
+    assert [one.start_step for one in load(STEPS, entries).sections.train.datasets] == [0, 1, 61]
+
+
+def test_regularisation_needs_something_to_learn_beside_it() -> None:
+    config = {"model_type": "lora", "model_family": "sdxl"}
+    with pytest.raises(ConfigError, match="only regularisation data"):
+        load(config, [image(is_regularisation_data=True)])
+    datasets = load(config, [image(is_regularization_data=True), image(id="b")]).sections.train.datasets
+    assert [one.is_regularisation_data for one in datasets] == [True, False]
+    assert load(CONFIG, [image(is_regularisation_data=True)]).sections.train.datasets[0].is_regularisation_data is False

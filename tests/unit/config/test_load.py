@@ -268,12 +268,6 @@ def test_lora_refusals(extra, where) -> None:
     assert list(problems_of({**SDXL, **extra}, camera("sdxl"))) == [f"config.json.{where}"]
 
 
-def test_regularisation_of_a_lora_is_refused() -> None:
-    data = camera("sdxl")
-    data[0]["is_regularisation_data"] = True
-    assert "not available yet" in problems_of(SDXL, data)["multidatabackend.json[0].is_regularisation_data"]
-
-
 def test_all_problems_at_once() -> None:
     data = camera("pixart")
     data[0] |= {"crop": "False", "resolution": 1024}

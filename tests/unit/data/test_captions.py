@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 
-from kubetuner.config.sections import DatasetSource
+from kubetuner.config.source_sections import DatasetSource
 from kubetuner.data.captions import CaptionError, captions_for
+from kubetuner.sources.base import Item
+from kubetuner.sources.local import LocalSource
 
 
 def captions(root: Path, picture: str, **settings: Any) -> tuple[str, ...]:
     source = DatasetSource.model_validate({"id": "set", "instance_data_dir": str(root), **settings})
-    return captions_for(source, root / picture, root)
+    local = LocalSource(source)
+    return captions_for(source, Item(picture), local.listing(), local)
 
 
 @pytest.mark.parametrize(
@@ -30,11 +33,18 @@ def test_filename(tmp_path: Path, name: str, caption: str) -> None:
         (b"", ("",)),
         (b"\n\n", ("",)),
         ("\ufeffein Stück".encode(), ("ein Stück",)),
+        ("one\u2028ring\x0bto\nrule".encode(), ("one\u2028ring\x0bto", "rule")),
     ],
 )
 def test_textfile(tmp_path: Path, text: bytes, expected: tuple[str, ...]) -> None:
     (tmp_path / "a.b.txt").write_bytes(text)
     assert captions(tmp_path, "a.b.png", caption_strategy="textfile") == expected
+
+
+def test_a_text_file_may_be_one_caption(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a ring\n\nof gold\n")
+    whole = captions(tmp_path, "a.png", caption_strategy="textfile", disable_multiline_split=True)
+    assert whole == ("a ring\n\nof gold",)
 
 
 def test_a_missing_text_file_is_named(tmp_path: Path) -> None:
@@ -47,9 +57,25 @@ def test_a_text_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("Stück".encode("latin-1"))
     with pytest.raises(CaptionError, match=r"a.txt is not UTF-8 .* at byte 2"):
         captions(tmp_path, "a.png", caption_strategy="textfile")
-    (tmp_path / "b.txt").mkdir()
-    with pytest.raises(CaptionError, match=r"b.txt cannot be read"):
-        captions(tmp_path, "b.png", caption_strategy="textfile")
+
+
+def test_a_text_file_that_has_gone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").touch()
+    settings = DatasetSource(id="set", instance_data_dir=str(tmp_path), caption_strategy="textfile")
+    local = LocalSource(settings)
+    listing = local.listing()
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(CaptionError, match=r"b.txt cannot be read \(No such file"):
+        captions_for(settings, Item("b.png"), listing, local)
+
+
+def test_the_source_s_own_captions(tmp_path: Path) -> None:
+    settings = DatasetSource(id="set", instance_data_dir=str(tmp_path), type="csv", caption_strategy="csv")
+    local = LocalSource(settings)
+    listing = local.listing()
+    assert captions_for(settings, Item("a", captions=("one", "")), listing, local) == ("one", "")
+    with pytest.raises(CaptionError, match="holds no caption for it"):
+        captions_for(settings, Item("a"), listing, local)
 
 
 def test_instance_prompt(tmp_path: Path) -> None:

@@ -7,13 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kubetuner.config.sections import Geometry
-from kubetuner.data.geometry import Placement, TooSmall, place, target_size
+from kubetuner.data.geometry import LeftOut, Placement, place, target_size
 
 CENTER = Geometry(crop_style="center")
 
 
-def placed(geometry: Geometry, width: int, height: int, seed_key: str = "key") -> Placement:
-    placement = place(geometry, width, height, seed_key)
+def placed(
+    geometry: Geometry, width: int, height: int, seed_key: str = "key", aspect_key: str | None = None
+) -> Placement:
+    placement = place(geometry, width, height, seed_key, aspect_key)
     assert isinstance(placement, Placement)
     return placement
 
@@ -120,6 +122,56 @@ def test_random_crops_depend_on_the_key_alone_and_spread() -> None:
     assert max(lefts) <= 796
 
 
+# By hand, E = 1024: an aspect a has the target (R64(1024 * sqrt(a)), R64(1024 / sqrt(a))); the resized picture keeps
+# its own aspect and covers the target.
+@pytest.mark.parametrize(
+    ("source", "target", "bucket", "intermediary"),
+    [
+        ((1920, 1080), (1280, 832), "1.54", (1479, 832)),  # 1.78 is nearest to 1.5: 1254 and 836
+        ((1000, 1300), (1024, 1024), "1.0", (1024, 1331)),  # 0.77 is nearer to 1.0 than to 0.5
+        ((1000, 1400), (704, 1472), "0.48", (1051, 1472)),  # 0.71 is nearer to 0.5: 724 and 1448
+        ((500, 5000), (704, 1472), "0.48", (704, 7040)),
+    ],
+)
+def test_closest_takes_the_nearest_listed_aspect(
+    source: tuple[int, int], target: tuple[int, int], bucket: str, intermediary: tuple[int, int]
+) -> None:
+    geometry = Geometry(
+        crop=True, crop_style="corner", crop_aspect="closest", crop_aspect_buckets=((0.5, 1.0), (1.0, 1.0), (1.5, 1.0))
+    )
+    assert placed(geometry, *source) == Placement(intermediary, (0, 0), target, bucket)
+
+
+def test_random_aspects_follow_their_weights_and_depend_on_the_aspect_key_alone() -> None:
+    geometry = Geometry(
+        crop=True, crop_aspect="random", crop_aspect_buckets=((1.0, 0.75), (1.5, 0.25), (0.5, 0.0)), resolution=512
+    )
+    keys = [f"{number}.png" for number in range(2000)]
+    buckets = [placed(geometry, 900, 700, "seed", key).bucket for key in keys]
+    assert set(buckets) == {"1.0", "1.43"}  # 1.5 at E = 512: 627 and 418, so 640x448
+    assert 1420 < buckets.count("1.0") < 1580
+    assert buckets == [placed(geometry, 900, 700, "another seed", key).bucket for key in keys]
+
+
+@pytest.mark.parametrize(
+    ("limits", "size", "reason"),
+    [
+        ({"minimum_aspect_ratio": 0.48}, (1000, 2000), ""),  # aspect 0.5, but its bucket is 704x1472: 0.48
+        ({"minimum_aspect_ratio": 0.5}, (1000, 2000), "aspect ratio 0.48 is below minimum_aspect_ratio 0.5"),
+        ({"maximum_aspect_ratio": 1.75}, (1920, 1080), ""),  # aspect 1.78, but its bucket is 1344x768: 1.75
+        ({"maximum_aspect_ratio": 1.74}, (1920, 1080), "aspect ratio 1.75 is above maximum_aspect_ratio 1.74"),
+        ({"maximum_aspect_ratio": 1.74, "crop": True}, (1920, 1080), ""),  # square crops are in bucket 1.0
+    ],
+)
+def test_limits_of_aspect_ratios_judge_buckets(
+    limits: dict[str, float | bool], size: tuple[int, int], reason: str
+) -> None:
+    result = place(Geometry.model_validate(limits), *size, "key")
+    assert isinstance(result, Placement) is (not reason)
+    if isinstance(result, LeftOut):
+        assert reason in result.reason
+
+
 @pytest.mark.parametrize(
     ("geometry", "size", "fits"),
     [
@@ -138,7 +190,7 @@ def test_random_crops_depend_on_the_key_alone_and_spread() -> None:
 def test_minimum(geometry: Geometry, size: tuple[int, int], fits: bool) -> None:
     result = place(geometry, *size, "key")
     assert isinstance(result, Placement) is fits
-    if isinstance(result, TooSmall):
+    if isinstance(result, LeftOut):
         assert f"{size[0]}x{size[1]}" in result.reason
         assert "minimum_image_size" in result.reason
 
@@ -171,7 +223,8 @@ geometries = st.builds(
     resolution_type=st.sampled_from(["pixel", "pixel_area"]),
     crop=st.booleans(),
     crop_style=st.sampled_from(["random", "center", "corner"]),
-    crop_aspect=st.sampled_from(["square", "preserve"]),
+    crop_aspect=st.sampled_from(["square", "preserve", "closest", "random"]),
+    crop_aspect_buckets=st.just(((0.3, 1.0), (1.0, 0.0), (2.5, 3.0))),
     maximum_image_size=st.one_of(st.none(), st.just(1024.0)),
     target_downsample_size=st.one_of(st.none(), st.just(768.0)),
     aspect_bucket_rounding=st.integers(1, 9),

@@ -5,6 +5,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from sklearn.datasets import load_sample_image
 
 from kubetuner.config.sections import Geometry
 from kubetuner.data.geometry import Placement, place
-from kubetuner.data.pictures import PictureError, check_picture, measure, open_picture, read_picture, to_pixels
+from kubetuner.data.pictures import PictureError, check_picture, measure, open_picture, to_pixels
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -65,7 +66,7 @@ def test_exif_orientation(tmp_path: Path, suffix: str, orientation: int, shown: 
     assert corners(image) == shown
     size = (32, 48) if orientation in (5, 6, 7, 8) else (48, 32)
     assert image.size == size
-    assert measure(path) == size
+    assert measure(path.read_bytes()) == size
     info = check_picture(path.read_bytes())
     assert (info.width, info.height, info.extension) == (*size, suffix)
 
@@ -75,7 +76,7 @@ def test_exif_orientation(tmp_path: Path, suffix: str, orientation: int, shown: 
 def test_a_damaged_exif_block_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "a.webp"
     quarters().save(path, exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
-    assert open_picture(path).size == measure(path) == (48, 32)
+    assert open_picture(path).size == measure(path.read_bytes()) == (48, 32)
 
 
 def test_transparent_pixels_are_shown_on_white(tmp_path: Path) -> None:
@@ -179,20 +180,50 @@ def test_damage_anywhere_is_a_picture_error_or_a_picture(kind: str, changes: dic
         assert check_picture(bytes(data[:kept])).width > 0
 
 
-def test_measure_names_what_it_cannot_measure(tmp_path: Path) -> None:
-    (tmp_path / "text.png").write_text("no")
-    (tmp_path / "bomb.png").write_bytes(png_claiming(100_000, 100_000))
-    with pytest.raises(PictureError, match=r"text\.png: not a picture"):
-        measure(tmp_path / "text.png")
-    with pytest.raises(PictureError, match=r"bomb\.png: more than"):
-        measure(tmp_path / "bomb.png")
+def test_measure_says_what_it_cannot_measure() -> None:
+    for data, reason in ((b"", "empty"), (b"no", "not a picture"), (png_claiming(100_000, 100_000), "more than")):
+        with pytest.raises(PictureError, match=reason):
+            measure(data)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "gif", "ppm", "tif", "jp2", "webp"])
+def test_measure_needs_no_pixels(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    Image.effect_noise((400, 300), 50).save(path)
+    assert path.stat().st_size > 20_000
+    assert measure(path.read_bytes()[:4096]) == (400, 300)
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGB", {}),
+        ("RGBA", {}),
+        ("RGB", {"lossless": True}),
+        ("RGBA", {"lossless": True}),
+        ("RGB", {"icc_profile": b"x"}),
+    ],
+)
+def test_kinds_of_webp(mode: str, options: dict[str, Any]) -> None:
+    stream = io.BytesIO()
+    noise = Image.effect_noise((321, 123), 50)
+    image = noise.convert("RGB") if mode == "RGB" else Image.merge("RGBA", (noise, noise, noise, noise))
+    image.save(stream, "WEBP", **options)
+    assert measure(stream.getvalue()[:100]) == (321, 123)
+    turned = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(turned, "WEBP", exif=exif, **options)
+    assert measure(turned.getvalue()) == (123, 321)
+    with pytest.raises(PictureError):
+        measure(turned.getvalue()[:100])
 
 
 def test_a_missing_file_is_a_picture_error(tmp_path: Path) -> None:
     with pytest.raises(PictureError, match=r"gone.png: cannot be read \(No such file"):
         open_picture(tmp_path / "gone.png")
     with pytest.raises(PictureError, match="cannot be read"):
-        read_picture(tmp_path)
+        open_picture(tmp_path)
 
 
 def test_to_pixels_cuts_where_the_placement_says() -> None:
@@ -220,7 +251,7 @@ def test_real_photographs(tmp_path: Path, name: str, box: tuple[int, int, int, i
     photograph = Image.fromarray(load_sample_image(name)).crop(box)
     photograph.save(tmp_path / name, quality=95)
     image = open_picture(tmp_path / name)
-    placement = place(Geometry(resolution=256, crop=crop), *measure(tmp_path / name), name)
+    placement = place(Geometry(resolution=256, crop=crop), *measure((tmp_path / name).read_bytes()), name)
     assert isinstance(placement, Placement)
     pixels = to_pixels(image, placement)
     assert pixels.shape == (3, placement.target_size[1], placement.target_size[0])

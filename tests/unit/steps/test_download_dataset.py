@@ -9,9 +9,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from kubetuner.artifacts import DatasetArtifact, Sample, read_artifact, read_rows, sha256_of, verify_files
-from kubetuner.config.sections import DatasetSource, DownloadSection
+from kubetuner.config.source_sections import DatasetSource, DownloadSection
 from kubetuner.errors import ArtifactError, DatasetError
-from kubetuner.sources.local import listing_revision
+from kubetuner.sources.local import LocalSource
 from kubetuner.steps.download_dataset import download_dataset
 
 GOOD = ("china.jpg", "deep/er/flower.webp", "scan.png", "turned.jpg", "wrongly_named.png")
@@ -175,15 +175,31 @@ def test_equal_pictures_are_kept_once(root: Path, tmp_path: Path) -> None:
     assert (artifact.num_samples, len(artifact.files)) == (6, 6)
 
 
-def test_a_folder_that_changed_since_the_plan_is_mentioned(
-    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    revision = listing_revision(root)
-    download_dataset(section(root, revision=revision), tmp_path / "out")
-    assert "has changed" not in caplog.text
+def planned(root: Path) -> DownloadSection:
+    """A section as plan hands it on."""
+    listing = LocalSource(section(root).datasets[0]).listing()
+    return section(root, revision=listing.revision, newest=listing.newest)
+
+
+def test_what_came_after_the_plan_is_left_out(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asked = planned(root)
+    first = download_dataset(asked, tmp_path / "out")
+    assert "came after" not in caplog.text
+    (root / "later.png").write_bytes((root / "scan.png").read_bytes())
+    assert download_dataset(asked, tmp_path / "out").fingerprint == first.fingerprint
+    assert "1 file(s) came after the run was planned and are left out: later.png" in caplog.text
+
+
+def test_what_was_replaced_after_the_plan_is_named(root: Path, tmp_path: Path) -> None:
+    asked = planned(root)
+    (root / "scan.png").write_bytes((root / "china.jpg").read_bytes())
+    with pytest.raises(
+        DatasetError, match=r"'set': it has changed after the run was planned .*\(written since: scan\.png\)"
+    ):
+        download_dataset(asked, tmp_path / "out")
     (root / "scan.png").unlink()
-    download_dataset(section(root, revision=revision), tmp_path / "out")
-    assert "has changed since the run was planned" in caplog.text
+    with pytest.raises(DatasetError, match="some were removed"):
+        download_dataset(asked, tmp_path / "out")
 
 
 def test_a_name_that_is_not_utf8_is_skipped(root: Path, tmp_path: Path) -> None:

@@ -258,6 +258,8 @@ def test_a_tracked_model_that_cannot_be_fetched_gives_way_to_the_folder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("KUBETUNER_MLFLOW_ARTIFACTS", str(tmp_path / "mlartifacts"))
+    monkeypatch.setenv("KUBETUNER_SPOOL", str(tmp_path / "spool"))
     model = _write_model(
         tmp_path / "model", base, "full", mlflow_model_uri="models:/m-00000000000000000000000000000000"
     )

@@ -77,6 +77,7 @@ def test_the_same_run_gives_the_same_bytes_wherever_it_was_interrupted(tmp_path:
     whole = train(section, *caches, tmp_path / "whole")
     child = os.fork()
     if child == 0:  # Killed by the interval timer, wherever training is by then.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's handler would go on with the other tests
         signal.setitimer(signal.ITIMER_REAL, 0.3)
         train(section, *caches, tmp_path / "parts")
         os._exit(0)
@@ -122,6 +123,15 @@ def test_epochs_are_turned_into_steps(tmp_path: Path) -> None:
     section = _section(tmp_path, "sana", max_train_steps=0, num_train_epochs=2, train_batch_size=2)
 
     assert train(section, *_caches(tmp_path, "sana"), tmp_path / "out").steps == 4
+
+
+def test_a_fresh_lora_already_answers_as_its_base_on_regularisation_data(tmp_path: Path) -> None:
+    lora = {"model_type": "lora", "lora": LoraSettings(rank=2), "max_train_steps": 1}
+    caches = _caches(tmp_path, "sana")
+    keeping = _section(tmp_path, "sana", datasets=(DatasetSampling(id="a", is_regularisation_data=True),), **lora)
+
+    assert train(keeping, *caches, tmp_path / "1").first_loss == pytest.approx(0.0, abs=1e-6)
+    assert train(_section(tmp_path, "sana", **lora), *caches, tmp_path / "2").first_loss > 0.1
 
 
 def test_an_unfinished_input_is_refused(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ class Setup:
         null = {name: torch.zeros(shape) for name, shape in TEXT[family].items()}
         process = made.noise_process(ref, section.process())
         objective = Objective(made, process, null, section.seed, section.mixed_precision == "bf16", section.noise)
-        return Job(section, denoiser, objective, batches, 10, section.max_train_steps, device)
+        return Job(section, denoiser, objective, batches, lambda taken: taken / 10, section.max_train_steps, device)
 
 
 @pytest.fixture(scope="session")

@@ -144,6 +144,7 @@ def test_a_loss_that_is_not_finite_names_the_sample_and_keeps_its_batch(setup: S
             assert torch.equal(batch[f"{micro}.{name}"].nan_to_num(7.0), tensor.nan_to_num(7.0)), name
     position = json.loads((tmp_path / "key-nonfinite/step-3/position.json").read_text())
     assert position["losses"][1] == "a/second.png: nan"
+    assert position["regularising"] == [False] * 4
     assert position["seeds"][1]["noise"] == derive_seed(job.section.seed, "noise", 2, 1)
 
 

@@ -1,0 +1,104 @@
+"""Where datasets come from, as ``download_dataset`` is told."""
+
+from typing import Literal
+
+from kubetuner.config.section import Section
+
+
+class TableColumns(Section):
+    """A table with one picture a row (``type: csv``).
+
+    Attributes:
+        file: ``csv_file``: a ``.csv`` or ``.parquet`` file.
+        url_column: ``csv_url_column``: an ``http(s)://`` address, or a path relative to ``instance_data_dir``.
+        caption_column: ``csv_caption_column``; empty when captions come from elsewhere.
+    """
+
+    file: str
+    url_column: str = "url"
+    caption_column: str = ""
+
+
+class HubDataset(Section):
+    """A dataset repository on the hub (``type: huggingface``).
+
+    Attributes:
+        name: ``dataset_name``: ``namespace/name``.
+        revision: Branch, tag or commit; empty for ``main``. ``plan`` resolves it to a commit.
+        split: Which parquet files are read.
+        image_column: Column of parquet files that holds the pictures.
+        caption_column: Column of parquet files that holds captions; empty when captions come from elsewhere.
+    """
+
+    name: str
+    revision: str = ""
+    split: str = "train"
+    image_column: str = "image"
+    caption_column: str = ""
+
+
+class Bucket(Section):
+    """A bucket of S3 or a compatible store (``type: aws``); credentials come from the environment.
+
+    Attributes:
+        name: ``aws_bucket_name``.
+        endpoint_url: ``aws_endpoint_url``; empty for Amazon's own.
+        region: ``aws_region_name``; empty for the environment's.
+    """
+
+    name: str
+    endpoint_url: str = ""
+    region: str = ""
+
+
+class DatasetSource(Section):
+    """Where one dataset's pictures and captions come from (an entry of the data file).
+
+    Attributes:
+        id: Unique name of the backend.
+        dataset_type: ``image`` is trained on, ``eval`` is held out.
+        type: Kind of storage.
+        instance_data_dir: Folder of a ``local`` dataset; ``gs://bucket/prefix`` of ``gcs``; prefix inside the bucket
+            (``aws``) or folder inside the repository (``huggingface``); where the paths of a table start (``csv``).
+        table: With ``csv``.
+        hub: With ``huggingface``.
+        bucket: With ``aws``.
+        caption_strategy: ``filename``, ``textfile``, ``instanceprompt``, or the source's own column: ``csv`` and
+            ``huggingface``, with the type of that name.
+        instance_prompt: One or several prompts for ``instanceprompt``, or to prepend.
+        prepend_instance_prompt: Caption becomes "instance_prompt caption".
+        only_instance_prompt: Caption becomes the instance prompt.
+        disable_multiline_split: A caption file is one caption, not one per line.
+        max_num_samples: So many pictures at most, chosen by ``id`` and always the same; ``None`` for all.
+        revision: Digest of the listing (names, sizes, versions) or commit, resolved by ``plan``.
+        newest: When the newest file was written (nanoseconds since 1970, 0 for unknown), resolved by ``plan``; what
+            comes later is left out.
+    """
+
+    id: str
+    dataset_type: Literal["image", "eval"] = "image"
+    type: Literal["local", "gcs", "huggingface", "csv", "aws"] = "local"
+    instance_data_dir: str = ""
+    table: TableColumns | None = None
+    hub: HubDataset | None = None
+    bucket: Bucket | None = None
+    caption_strategy: Literal["filename", "textfile", "instanceprompt", "csv", "huggingface"] = "filename"
+    instance_prompt: tuple[str, ...] = ()
+    prepend_instance_prompt: bool = False
+    only_instance_prompt: bool = False
+    disable_multiline_split: bool = False
+    max_num_samples: int | None = None
+    revision: str = ""
+    newest: int = 0
+
+
+class DownloadSection(Section):
+    """Settings of ``download_dataset``.
+
+    Attributes:
+        datasets: Sources, in the order of the data file.
+        max_skipped_share: Share of undecodable pictures in 0..1 above which the step fails.
+    """
+
+    datasets: tuple[DatasetSource, ...]
+    max_skipped_share: float = 0.1

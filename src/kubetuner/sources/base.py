@@ -1,0 +1,258 @@
+"""What a source of pictures is, and what all kinds of sources share.
+
+A source lists its files once and then reads exactly what it listed: each file carries the version (modification time,
+generation, entity tag, commit) that its bytes are read at, so a file that is replaced in between is found out.
+Hidden files and folders (a name that starts with a dot) are left out: editors and notebooks keep copies there.
+"""
+
+import base64
+import hashlib
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Protocol, TypeVar
+
+from kubetuner.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+
+PICTURE_EXTENSIONS = frozenset(
+    {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".jp2"}
+)
+CAPTION_EXTENSIONS = frozenset({".txt"})
+HEADER_BYTES = 1 << 16
+"""Enough for the size of nearly every picture; metadata before it can be longer."""
+ATTEMPTS = 5
+LONGEST_PAUSE_SECONDS = 20.0
+_NAMED = 5
+
+Result = TypeVar("Result")
+
+
+class ItemError(DatasetError):
+    """One file that cannot be had although its source works; ``reason`` says why without naming it."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class PassingError(Exception):
+    """A failure after which the same request may succeed; :func:`retrying` turns the last one into a DatasetError.
+
+    ``wait`` is how many seconds the server asked to be left alone.
+    """
+
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One file of a source.
+
+    Attributes:
+        name: Path relative to the source's root, with ``/``; unique in a listing.
+        size: Bytes; -1 where the source does not say.
+        version: What pins the bytes; empty where the source has no versions.
+        modified: When it was written, in nanoseconds since 1970; 0 where the source does not say.
+        checksum: ``md5:``, ``sha256:``, ``git:`` (blob id) or ``crc32c:`` (base64) and the digest; empty for none.
+        captions: Captions that the source itself holds, such as a table's column; ``None`` where it holds none.
+        pixels: (width, height) where the source's table says so.
+    """
+
+    name: str
+    size: int = -1
+    version: str = ""
+    modified: int = 0
+    checksum: str = ""
+    captions: tuple[str, ...] | None = None
+    pixels: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a source holds.
+
+    Attributes:
+        pictures: In the order that is best to read them in.
+        texts: Caption files by name.
+        revision: Hex digest or commit; equal revisions hold equal files.
+        newest: The latest :attr:`Item.modified`.
+    """
+
+    pictures: tuple[Item, ...]
+    texts: Mapping[str, Item]
+    revision: str
+    newest: int
+
+
+class Source(Protocol):
+    """Where one dataset's files come from. Its methods may be called from several threads."""
+
+    @property
+    def place(self) -> str:
+        """What to call it in messages: a folder, an address, a table."""
+
+    @property
+    def key(self) -> str:
+        """The key of the data file that names the place."""
+
+    @property
+    def readers(self) -> int:
+        """How many reads at once pay off."""
+
+    def listing(self) -> Listing:
+        """Every picture and caption file.
+
+        Raises:
+            DatasetError: The source cannot be listed; the message names what to check.
+        """
+
+    def read(self, item: Item) -> bytes:
+        """The bytes of ``item`` as they were when it was listed, compared with its checksum where it has one.
+
+        Raises:
+            ItemError: This file cannot be had; others may.
+            DatasetError: The source fails, or the file was replaced since it was listed.
+        """
+
+    def header(self, item: Item, length: int) -> bytes:
+        """The first ``length`` bytes of ``item``, or more where that costs nothing; raises as :meth:`read` does."""
+
+    def close(self) -> None:
+        """Let go of connections and temporary files."""
+
+
+def is_picture(name: str) -> bool:
+    """Whether ``name`` is a visible file with the extension of a picture."""
+    return PurePosixPath(name).suffix.lower() in PICTURE_EXTENSIONS and not _hidden(name)
+
+
+def is_text(name: str) -> bool:
+    """Whether ``name`` is a visible caption file."""
+    return PurePosixPath(name).suffix.lower() in CAPTION_EXTENSIONS and not _hidden(name)
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def folder_listing(files: Iterable[Item], revision: str = "") -> Listing:
+    """The visible pictures and caption files among ``files``, which are everything below a root.
+
+    Args:
+        files: In any order.
+        revision: The source's own revision; by default a digest of the files.
+    """
+    found = [item for item in files if is_picture(item.name) or is_text(item.name)]
+    by_name = sorted(found, key=lambda item: item.name)
+    return listing_of(
+        [item for item in by_name if is_picture(item.name)], [item for item in by_name if is_text(item.name)], revision
+    )
+
+
+def listing_of(pictures: Sequence[Item], texts: Sequence[Item] = (), revision: str = "") -> Listing:
+    """A listing of just these files; ``revision`` is by default a digest of them."""
+    everything = (*pictures, *texts)
+    newest = max((item.modified for item in everything), default=0)
+    return Listing(tuple(pictures), {item.name: item for item in texts}, revision or _digest(everything), newest)
+
+
+def _digest(items: Iterable[Item]) -> str:
+    """SHA-256 (hex) over name, size, version and captions of every item, whatever their order."""
+    digest = hashlib.sha256()
+    for item in sorted(items, key=lambda item: item.name):
+        parts = [os.fsencode(item.name), b"%d" % item.size, item.version.encode()]
+        for part in (*parts, *(caption.encode() for caption in item.captions or ())):
+            digest.update(b"%d " % len(part) + part)
+    return digest.hexdigest()
+
+
+def as_planned(listing: Listing, revision: str, newest: int) -> Listing:
+    """``listing`` as it was when ``plan`` saw it; files that came later are left out.
+
+    Args:
+        listing: What the source holds now.
+        revision: The planned :attr:`Listing.revision`; empty when nothing was planned.
+        newest: The planned :attr:`Listing.newest`.
+
+    Raises:
+        DatasetError: Files that were planned have been replaced or removed; names those written since.
+    """
+    if revision in ("", listing.revision):
+        return listing
+    texts = tuple(listing.texts.values())
+    later = sorted(item.name for item in (*listing.pictures, *texts) if item.modified > newest)
+    kept = listing_of(
+        [item for item in listing.pictures if item.modified <= newest],
+        [item for item in texts if item.modified <= newest],
+    )
+    if kept.revision == revision:
+        logger.warning("%d file(s) came after the run was planned and are left out: %s", len(later), named(later))
+        return kept
+    written = f"written since: {named(later)}" if later else "no file is newer, so some were removed, moved or renamed"
+    raise DatasetError(f"it has changed after the run was planned ({written}); start the run again")
+
+
+def named(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    shown = ", ".join(names[:_NAMED])
+    return f"{shown} and {len(names) - _NAMED} more" if len(names) > _NAMED else shown
+
+
+def first_line(error: Exception) -> str:
+    """What ``error`` says, without the traces that libraries add; its name where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def retrying(what: str, call: Callable[[], Result], *, pause: float = 0.5) -> Result:
+    """Repeat ``call`` while it raises :class:`PassingError`, with growing pauses of which a part is chance.
+
+    Args:
+        what: What is being done, for messages: "reading a.png".
+        call: The request.
+        pause: Seconds before the second attempt; doubled each time.
+
+    Raises:
+        DatasetError: The last attempt failed too.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return call()
+        except PassingError as error:
+            if attempt == ATTEMPTS:
+                raise DatasetError(f"{what} failed {ATTEMPTS} times, at last with: {error}; try again later") from error
+            wait = min(max(pause * 2 ** (attempt - 1), error.wait), LONGEST_PAUSE_SECONDS) * random.uniform(0.5, 1.0)
+            logger.info("%s failed (%s), again in %.1f s", what, error, wait)
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def verify(item: Item, data: bytes) -> bytes:
+    """``data``, when it is what was listed.
+
+    Raises:
+        PassingError: Size or checksum differ; a second read may bring the right bytes.
+    """
+    if item.size >= 0 and len(data) != item.size:
+        raise PassingError(f"{item.name} arrived with {len(data)} bytes instead of {item.size}")
+    kind, _, expected = item.checksum.partition(":")
+    if kind and _checksum(kind, data) != expected:
+        raise PassingError(f"{item.name} arrived damaged: its {kind} checksum is wrong")
+    return data
+
+
+def _checksum(kind: str, data: bytes) -> str:
+    if kind == "crc32c":
+        import google_crc32c
+
+        return base64.b64encode(google_crc32c.value(data).to_bytes(4, "big")).decode()
+    if kind == "git":
+        return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    return hashlib.new(kind, data, usedforsecurity=False).hexdigest()

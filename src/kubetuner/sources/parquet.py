@@ -1,0 +1,296 @@
+"""Pictures inside the parquet files of a hub repository.
+
+Names and captions are read by range, without the pictures. A step that needs every picture takes one file after the
+other: the file is fetched whole, compared with its checksum and kept in a temporary file while its rows are read, so
+a dataset larger than the disk passes through. ``plan`` needs sizes only: it uses the columns ``width`` and ``height``
+where they exist, and otherwise streams the row groups.
+"""
+
+import hashlib
+import io
+import re
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+from kubetuner.config.source_sections import HubDataset
+from kubetuner.errors import DatasetError
+from kubetuner.sources.base import Item, ItemError, Listing, PassingError, first_line, listing_of, retrying
+from kubetuner.sources.table import captions_of
+from kubetuner.sources.threads import in_threads
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
+CHUNK_BYTES = 32 << 20
+_GROUPS_KEPT, _FILES_KEPT = 4, 2
+_LISTED_AT_ONCE = 8
+_SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository.
+
+    Attributes:
+        name: Relative to the dataset's folder.
+        path: Relative to the repository.
+        size: Bytes.
+        checksum: As in :class:`Item`.
+    """
+
+    name: str
+    path: str
+    size: int
+    checksum: str
+
+
+Fetch = Callable[[HubFile, int, int | None, Callable[[bytes], bytes]], bytes]
+
+
+def split_files(files: Sequence[HubFile], split: str) -> list[HubFile]:
+    """The parquet files of ``split``; empty where there are no parquet files at all.
+
+    A file belongs to the split that its name, or a folder above it, starts with; without any such name, to ``train``.
+
+    Raises:
+        DatasetError: There are parquet files, and none is of this split.
+    """
+    tables = sorted((file for file in files if file.name.lower().endswith(".parquet")), key=lambda file: file.name)
+    words = {file.name: {re.split(r"[-_.]", part)[0] for part in file.name.split("/")} for file in tables}
+    found = [file for file in tables if split in words[file.name]]
+    named = sorted({word for each in words.values() for word in each if word in _SPLITS})
+    if not found and tables and (named or split != "train"):
+        there = ", ".join(named) or "train, as no file is named after a split"
+        raise DatasetError(f"it has no parquet file of split {split!r} (there are: {there}); check split")
+    return found or tables
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a row's picture is."""
+
+    file: int
+    group: int
+    row: int
+
+
+class ParquetPictures:
+    """The rows of ``files`` as pictures; safe to call from several threads.
+
+    Args:
+        files: The parquet files.
+        hub: Names of the columns.
+        fetch: Reads a range of a file.
+    """
+
+    def __init__(self, files: Sequence[HubFile], hub: HubDataset, fetch: Fetch) -> None:
+        self._files, self._hub, self._fetch = files, hub, fetch
+        self._places: dict[str, _Place] = {}
+        self._ranged = _Kept(len(files), self._open_ranged)
+        self._whole = _Kept(_FILES_KEPT, self._open_whole)
+        self._groups = _Kept(_GROUPS_KEPT, lambda key: self._read_group(self._whole, key))
+        self._glances = _Kept(_GROUPS_KEPT, lambda key: self._read_group(self._ranged, key))
+
+    def listing(self, commit: str) -> Listing:
+        """One picture a row, in the order of the files; named by the path that the row holds, else by number."""
+        found = in_threads(self._rows, range(len(self._files)), _LISTED_AT_ONCE, "parquet")
+        rows = [row for each in found for row in each]
+        uses = Counter(path for path, *_ in rows)
+        items = []
+        for path, place, captions, size in rows:
+            stem = self._files[place.file].name.removesuffix(".parquet")
+            name = path if path and uses[path] == 1 else f"{stem}/{place.group:04d}-{place.row:06d}"
+            self._places[name] = place
+            items.append(Item(name, version=commit, captions=captions, pixels=size))
+        return listing_of(items, revision=commit)
+
+    def read(self, item: Item) -> bytes:
+        """The picture's bytes, out of a file whose checksum was right."""
+        return self._picture(self._groups, item)
+
+    def glance(self, item: Item) -> bytes:
+        """The picture's bytes, read by range."""
+        return self._picture(self._glances, item)
+
+    def close(self) -> None:
+        """Close and remove temporary files."""
+        for kept in (self._ranged, self._whole, self._groups, self._glances):
+            kept.clear()
+
+    def _picture(self, groups: "_Kept", item: Item) -> bytes:
+        place = self._places[item.name]
+        cell = groups.get((place.file, place.group))[place.row]
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if not isinstance(data, bytes):
+            raise ItemError(f"column {self._hub.image_column!r} holds no bytes in this row")
+        return data
+
+    def _rows(self, index: int) -> list[tuple[str, _Place, tuple[str, ...] | None, tuple[int, int] | None]]:
+        """Path, place, captions and (width, height) of every row of a file, without its pictures."""
+        import pyarrow as pa
+
+        file = self._files[index]
+        table: ParquetFile = self._ranged.get(index)
+        schema, hub = table.schema_arrow, self._hub
+        wanted = [name for name in (hub.image_column, hub.caption_column) if name]
+        if missing := [repr(name) for name in wanted if name not in schema.names]:
+            known = ", ".join(schema.names)
+            raise DatasetError(f"{file.path} has no column {' and '.join(missing)}; it has {known}")
+        kind = schema.field(hub.image_column).type
+        columns = [hub.caption_column] if hub.caption_column else []
+        has_path = pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
+        columns += [f"{hub.image_column}.path"] if has_path else []
+        sized = all(
+            name in schema.names and pa.types.is_integer(schema.field(name).type) for name in ("width", "height")
+        )
+        columns += ["width", "height"] if sized else []
+        rows = []
+        for group in range(table.num_row_groups):
+            with _naming(file):
+                cells = table.read_row_group(group, columns=columns).to_pylist() if columns else []
+            cells = cells or [{}] * table.metadata.row_group(group).num_rows
+            for row, cell in enumerate(cells):
+                path = str((cell.get(hub.image_column) or {}).get("path") or "").lstrip("/")
+                size = (cell["width"], cell["height"]) if sized and cell["width"] and cell["height"] else None
+                rows.append((path, _Place(index, group, row), captions_of(cell.get(hub.caption_column)), size))
+        return rows
+
+    def _read_group(self, files: "_Kept", key: tuple[int, int]) -> list[object]:
+        index, group = key
+        column = self._hub.image_column
+        # The file is shared by threads and its position is not.
+        with files.lock(index), _naming(self._files[index]):
+            cells: list[object] = files.get(index).read_row_group(group, columns=[column])[column].to_pylist()
+        return cells
+
+    def _open_ranged(self, index: int) -> "ParquetFile":
+        file = self._files[index]
+        return _parquet(file, io.BufferedReader(_Ranged(file, self._fetch), buffer_size=1 << 16))
+
+    def _open_whole(self, index: int) -> "ParquetFile":
+        file = self._files[index]
+        return _parquet(file, retrying(f"reading {file.path}", lambda: _download(file, self._fetch)))
+
+
+def _parquet(file: HubFile, stream: IO[bytes] | io.BufferedIOBase) -> "ParquetFile":
+    import pyarrow.parquet as pq
+
+    try:
+        with _naming(file):
+            return pq.ParquetFile(stream)
+    except DatasetError:
+        stream.close()
+        raise
+
+
+@contextmanager
+def _naming(file: HubFile) -> Iterator[None]:
+    """Name the file in what goes wrong while it is read."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{file.path} cannot be read as parquet ({first_line(error)})") from error
+
+
+def _download(file: HubFile, fetch: Fetch) -> IO[bytes]:
+    """``file`` in a temporary file that goes when it is closed, part by part, compared with its checksum."""
+    kind, _, expected = file.checksum.partition(":")
+    digest = hashlib.new("sha1" if kind == "git" else kind, usedforsecurity=False)
+    if kind == "git":
+        digest.update(b"blob %d\0" % file.size)
+    stream = tempfile.TemporaryFile(prefix="kubetuner-parquet-")  # noqa: SIM115 - closed with the table made of it
+    try:
+        for start in range(0, file.size, CHUNK_BYTES):
+            part = fetch(file, start, min(start + CHUNK_BYTES, file.size), bytes)
+            digest.update(part)
+            stream.write(part)
+        if digest.hexdigest() != expected:
+            raise PassingError(f"{file.path} arrived damaged: its {kind} checksum is wrong")
+        stream.seek(0)
+    except BaseException:
+        stream.close()
+        raise
+    return stream
+
+
+class _Ranged(io.RawIOBase):
+    """A file that is read by range."""
+
+    def __init__(self, file: HubFile, fetch: Fetch) -> None:
+        self._file, self._fetch, self._position = file, fetch, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._position + len(buffer), self._file.size)
+        if stop <= self._position:
+            return 0
+        data = self._fetch(self._file, self._position, stop, bytes)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+class _Kept:
+    """The results last used of ``make``, by key; each is made once, also when several threads ask for it."""
+
+    def __init__(self, most: int, make: Callable[[Any], Any]) -> None:
+        self._most, self._make = most, make
+        self._values: dict[object, Any] = {}
+        self._locks: dict[object, threading.RLock] = {}
+        self._guard = threading.Lock()
+
+    def lock(self, key: object) -> threading.RLock:
+        """What to hold while a value that is not safe for threads is used."""
+        with self._guard:
+            return self._locks.setdefault(key, threading.RLock())
+
+    def get(self, key: object) -> Any:
+        with self.lock(key):
+            with self._guard:
+                if key in self._values:
+                    self._values[key] = self._values.pop(key)  # the youngest again
+                    return self._values[key]
+            made = self._make(key)
+            with self._guard:
+                self._values[key] = made
+                old = list(self._values)[: -self._most]
+        for each in old:
+            self._drop(each)
+        return made
+
+    def clear(self) -> None:
+        for key in list(self._values):
+            self._drop(key)
+
+    def _drop(self, key: object) -> None:
+        """Close a value, unless a thread is using it: the next one that is made drops it."""
+        lock = self.lock(key)
+        if not lock.acquire(blocking=False):
+            return
+        try:
+            with self._guard:
+                value = self._values.pop(key, None)
+            if hasattr(value, "close"):
+                value.close(force=True)
+        finally:
+            lock.release()

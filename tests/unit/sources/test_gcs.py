@@ -1,0 +1,255 @@
+"""A bucket on a real emulator process, behind a proxy that misbehaves."""
+
+import gc
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.auth.credentials import AnonymousCredentials
+from google.cloud import storage
+from PIL import Image
+
+from kubetuner.artifacts import Sample, read_rows
+from kubetuner.config.source_sections import DatasetSource, DownloadSection
+from kubetuner.errors import DatasetError
+from kubetuner.sources import base, gcs
+from kubetuner.sources.gcs import GcsSource
+from kubetuner.steps.download_dataset import download_dataset
+from kubetuner.steps.plan import make_plan
+from tests.servers.faults import FaultyProxy
+from tests.servers.gcs import fake_gcs
+
+BUCKET = "pictures-bucket"
+
+
+@pytest.fixture(scope="module")
+def emulator() -> Iterator[str]:
+    with fake_gcs() as host:
+        yield host
+
+
+@pytest.fixture
+def proxy(emulator: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    with FaultyProxy(emulator) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+        monkeypatch.setattr(gcs, "RETRY_SECONDS", 20.0)
+        monkeypatch.setattr(base, "LONGEST_PAUSE_SECONDS", 0.01)
+        yield proxy
+
+
+@pytest.fixture
+def bucket(emulator: str) -> Iterator[storage.Bucket]:
+    """An empty bucket, reached past the proxy."""
+    client = storage.Client(
+        project="none", credentials=AnonymousCredentials(), client_options={"api_endpoint": f"http://{emulator}"}
+    )
+    bucket = client.bucket(BUCKET)
+    if not bucket.exists():
+        client.create_bucket(bucket)
+    for blob in list(bucket.list_blobs()):
+        blob.delete()
+    yield bucket
+    client.close()
+
+
+def make_folder(root: Path) -> dict[str, bytes]:
+    """A folder with six pictures, captions, and what has to be left out; its files by name."""
+    for index in range(6):
+        path = root / ("deep/er" if index % 2 else ".") / f"a_picture_{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((400, 320), 40 + index).convert("RGB").save(path)
+        path.with_suffix(".txt").write_text(f"picture {index}\nünother")
+    (root / "notes.md").write_text("no picture")
+    (root / ".hidden").mkdir()
+    (root / ".hidden" / "x.png").write_bytes(b"x")
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def upload(bucket: storage.Bucket, files: dict[str, bytes], prefix: str = "set/one/") -> None:
+    for name, content in files.items():
+        bucket.blob(prefix + name).upload_from_string(content)
+
+
+def settings(address: str = f"gs://{BUCKET}/set/one", **more: Any) -> DatasetSource:
+    kind = "gcs" if address.startswith("gs://") else "local"
+    return DatasetSource.model_validate({"id": "set", "type": kind, "instance_data_dir": address, **more})
+
+
+Open = Callable[..., GcsSource]
+
+
+@pytest.fixture
+def opened(proxy: FaultyProxy) -> Iterator[Open]:
+    """Opens sources behind the proxy and closes them in the end."""
+    with ExitStack() as stack:
+        yield lambda **more: stack.enter_context(closing(GcsSource(settings(**more))))
+    with warnings.catch_warnings():
+        # Google's client leaves the connection of a refused request to the garbage collector.
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+def test_pages_are_listed_and_a_prefix_is_a_folder(
+    opened: Open, bucket: storage.Bucket, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(bucket, {f"{index}.png": b"x" for index in range(7)} | {"a.txt": b"a", ".x/a.png": b"", "n.md": b""})
+    upload(bucket, {"other.png": b"x"}, prefix="set/one-more/")
+    monkeypatch.setattr(gcs, "PAGE_SIZE", 3)
+    listing = opened().listing()
+    assert [item.name for item in listing.pictures] == [f"{index}.png" for index in range(7)]
+    assert list(listing.texts) == ["a.txt"]
+    assert listing.newest > 0
+    assert sum("/o?" in line for line in proxy.requests) >= 3
+    assert opened(address=f"gs://{BUCKET}/set/one/").listing().revision == listing.revision
+    assert len(opened(address=f"gs://{BUCKET}").listing().pictures) == 8
+    upload(bucket, {"0.png": b"x"})
+    assert opened().listing().revision != listing.revision
+
+
+def test_the_same_data_is_the_same_dataset(bucket: storage.Bucket, proxy: FaultyProxy, tmp_path: Path) -> None:
+    upload(bucket, make_folder(tmp_path / "set"))
+    prints = []
+    for number, address in enumerate((str(tmp_path / "set"), f"gs://{BUCKET}/set/one")):
+        section = DownloadSection(datasets=(settings(address, caption_strategy="textfile"),))
+        prints.append(download_dataset(section, tmp_path / str(number)).fingerprint)
+    assert prints[0] == prints[1]
+    rows = list(read_rows(tmp_path / "1", "samples.jsonl", Sample))
+    assert rows[0].captions == ("picture 0", "ünother")
+
+
+def test_plan_reads_beginnings_only(
+    bucket: storage.Bucket, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(bucket, make_folder(tmp_path / "set"))
+    config = {"model_type": "full", "model_family": "pixart_sigma", "train_batch_size": 2, "max_train_steps": 10}
+    data = {"id": "set", "type": "gcs", "instance_data_dir": f"gs://{BUCKET}/set/one", "resolution": 128}
+    plan = make_plan(config, [data], cwd=tmp_path)
+    assert plan.summary["samples"] == {"set": 6}
+    assert set(proxy.ranges) == {"bytes=0-65535"}
+    (source,) = plan.sections.download.datasets
+    assert (source.instance_data_dir, len(source.revision)) == (data["instance_data_dir"], 64)
+    upload(bucket, {"late.png": b"x"})
+    assert download_dataset(plan.sections.download, tmp_path / "out").num_samples == 6
+    upload(bucket, {"a_picture_2.png": b"x"})
+    with pytest.raises(DatasetError, match=r"written since: a_picture_2\.png"):
+        download_dataset(plan.sections.download, tmp_path / "out")
+    missing = data | {"instance_data_dir": "gs://absent-bucket/x"}
+    with pytest.raises(Exception, match=r"\[0\].instance_data_dir: listing gs://absent-bucket/x .* no such bucket"):
+        make_plan(config, [missing], cwd=tmp_path)
+
+
+@pytest.mark.parametrize("fault", [("status", 503), ("status", 429), ("cut", 100), ("reset", 0), ("corrupt", 0)])
+def test_passing_faults_are_outlived(
+    opened: Open, bucket: storage.Bucket, proxy: FaultyProxy, fault: tuple[Any, int]
+) -> None:
+    content = os.urandom(4000)
+    upload(bucket, {"a.png": content})
+    listing_faults = {"status", "reset"}
+    if fault[0] in listing_faults:
+        proxy.fail(r"GET .*/o\?", *fault)
+    proxy.fail(r"GET .*a\.png", *fault)
+    source = opened()
+    (item,) = source.listing().pictures
+    assert source.read(item) == content
+    assert all(rule.times == 0 for rule in proxy.faults)
+
+
+def test_lasting_faults_are_told(
+    opened: Open, bucket: storage.Bucket, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(bucket, {"a.png": b"picture"})
+    source = opened()
+    (item,) = source.listing().pictures
+    rule = proxy.fail(r"GET .*a\.png", "corrupt", times=99)
+    with pytest.raises(DatasetError, match=r"reading gs://.*/set/one/a\.png failed 5 times.*"):
+        source.read(item)
+    rule.times = 0
+    monkeypatch.setattr(gcs, "RETRY_SECONDS", 1.0)
+    rule = proxy.fail(r"GET .*a\.png", "status", 503, times=99)
+    with pytest.raises(DatasetError, match="try again later"):
+        source.read(item)
+    rule.times = 0
+    proxy.fail(r"GET .*a\.png", "status", 403)
+    with pytest.raises(DatasetError, match="Storage Object Viewer"):
+        source.read(item)
+    assert source.read(item) == b"picture"
+
+
+def test_a_replaced_object_is_not_read(opened: Open, bucket: storage.Bucket, proxy: FaultyProxy) -> None:
+    upload(bucket, {"a.png": b"picture"})
+    source = opened()
+    (item,) = source.listing().pictures
+    upload(bucket, {"a.png": b"another"})
+    for call in (lambda: source.read(item), lambda: source.header(item, 3)):
+        with pytest.raises(DatasetError, match=r"a\.png failed: it was replaced or removed"):
+            call()
+
+
+def test_large_objects_come_in_parts(
+    opened: Open, bucket: storage.Bucket, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = os.urandom(70_000)
+    upload(bucket, {"a.png": content})
+    monkeypatch.setattr(gcs, "CHUNK_BYTES", 30_000)
+    source = opened()
+    (item,) = source.listing().pictures
+    proxy.fail(r"GET .*a\.png.*alt=media", "status", 503)
+    proxy.fail(r"GET .*a\.png.*alt=media", "corrupt")
+    assert source.read(item) == content
+    assert all(rule.times == 0 for rule in proxy.faults)
+    assert {"bytes=0-29999", "bytes=30000-59999"} <= set(proxy.ranges)
+
+
+def test_a_malformed_address_is_named() -> None:
+    with pytest.raises(DatasetError, match="no address like gs://bucket/prefix"):
+        GcsSource(settings("gs:///x"))
+
+
+@pytest.fixture
+def no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+
+
+@pytest.mark.usefixtures("no_credentials")
+def test_without_credentials_requests_are_anonymous(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"), closing(GcsSource(settings())) as source:
+        assert isinstance(source._client._credentials, AnonymousCredentials)
+    assert "requests are anonymous" in caplog.text
+
+
+@pytest.mark.usefixtures("no_credentials")
+def test_credentials_that_cannot_be_used_are_no_reason_to_go_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    with pytest.raises(DatasetError, match=r"GOOGLE_APPLICATION_CREDENTIALS is .*key\.json.*not found"):
+        GcsSource(settings())
+    (tmp_path / "key.json").write_text("{}")
+    with pytest.raises(DatasetError, match="cannot be used"):
+        GcsSource(settings())
+
+
+def test_a_replaced_object_stops_the_step(
+    bucket: storage.Bucket, proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(bucket, make_folder(tmp_path / "set"))
+
+    class Replacing(GcsSource):
+        """Somebody writes to the bucket right after it was listed."""
+
+        def listing(self) -> base.Listing:
+            found = super().listing()
+            upload(bucket, {"a_picture_2.png": b"other"})
+            return found
+
+    monkeypatch.setattr(gcs, "GcsSource", Replacing)
+    with pytest.raises(DatasetError, match=r"gs://.*/a_picture_2\.png failed: it was replaced or removed while"):
+        download_dataset(DownloadSection(datasets=(settings(),)), tmp_path / "out")
+    assert not (tmp_path / "out" / "artifact.json").exists()
