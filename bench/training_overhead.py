@@ -28,7 +28,9 @@ from diffusers import PixArtTransformer2DModel, SanaTransformer2DModel, UNet2DCo
 from torch import Tensor, nn
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.sections import DatasetSampling, FlowSchedule, LoraSettings, ModelRef, TrainSection
+from kubetuner.config.adapter_sections import LoraSettings
+from kubetuner.config.objective import ProcessSettings
+from kubetuner.config.sections import DatasetSampling, ModelRef, TrainSection
 from kubetuner.families import load_family
 from kubetuner.families.base import Named
 from kubetuner.training.checkpoints import Checkpoints
@@ -170,7 +172,7 @@ def make_job(family: str, model: nn.Module, model_type: str, steps: int, base: P
     )  # fmt: skip
     text = {name: torch.randn(shape) for name, shape in shapes.items()}
     batch = FixedBatch([row] * 4, torch.randn(4, config.in_channels, edge, edge), [text] * 4)
-    objective = Objective(made, made.noise_process(ref, FlowSchedule(), True), text, 0, True)
+    objective = Objective(made, made.noise_process(ref, ProcessSettings()), text, 0, True)
     return Job(section, model, objective, FixedBatches(batch), lambda taken: taken / 10, steps, torch.device("cpu"))
 
 

@@ -16,7 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kubetuner.config.sections import FlowSchedule, LoraSettings, ModelRef
+from kubetuner.config.adapter_sections import LoraSettings
+from kubetuner.config.objective import LossSettings, ProcessSettings, SchedulerChange
+from kubetuner.config.sections import ModelRef
 from kubetuner.families import load_family
 
 DATA = Path(__file__).parent / "data"
@@ -51,7 +53,7 @@ def test_replay(run: Run) -> None:
         names = json.loads(file.metadata()["param_names"])
     ref = ModelRef(family=run.family, path=str(DATA / "models" / run.model))
     family = load_family(ref.family)
-    process = family.noise_process(ref, FlowSchedule(), segmented=True)
+    process = family.noise_process(ref, ProcessSettings())
     denoiser = family.load_denoiser(ref, CPU, torch.float32)
     if run.lora:
         denoiser = family.add_adapter(denoiser, LoraSettings(rank=4, alpha=4, dropout=0.0))
@@ -82,20 +84,28 @@ def test_replay(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prediction", "target", "loss"), [("epsilon", "noise", "loss.l2"), ("v_prediction", "target.v", "loss.vpred_l2")]
+    ("prediction", "name", "settings"),
+    [
+        ("epsilon", "l2", LossSettings()),
+        ("epsilon", "snr5", LossSettings(snr_gamma=5.0)),
+        ("epsilon", "huber_const", LossSettings(type="huber", huber_schedule="constant")),
+        ("epsilon", "smooth_l1_const", LossSettings(type="smooth_l1", huber_schedule="constant")),
+        ("epsilon", "huber_snr", LossSettings(type="huber", huber_schedule="snr")),
+        ("epsilon", "huber_exponential", LossSettings(type="huber", huber_schedule="exponential")),
+        ("epsilon", "huber_snr_gamma5", LossSettings(type="huber", huber_schedule="constant", snr_gamma=5.0)),
+        ("v_prediction", "vpred_l2", LossSettings()),
+        ("v_prediction", "vpred_snr5", LossSettings(snr_gamma=5.0)),
+    ],
 )
-def test_targets_and_losses(prediction: str, target: str, loss: str, tmp_path: Path) -> None:
+def test_losses_are_simpletuners(prediction: str, name: str, settings: LossSettings) -> None:
     recorded = load_file(DATA / "st_loss_variants.safetensors")
-    scheduler = json.loads((DATA / "models/sdxl/scheduler/scheduler_config.json").read_text())
-    (tmp_path / "scheduler").mkdir()
-    text = json.dumps(scheduler | {"prediction_type": prediction})
-    (tmp_path / "scheduler" / "scheduler_config.json").write_text(text)
-    ref = ModelRef(family="sdxl", path=str(tmp_path))
-    process = load_family("sdxl").noise_process(ref, FlowSchedule(), segmented=True)
+    ref = ModelRef(family="sdxl", path=str(DATA / "models/sdxl"), scheduler=SchedulerChange(prediction_type=prediction))
+    process = load_family("sdxl").noise_process(ref, ProcessSettings(loss=settings))
     sample = process.add_noise(recorded["latents"], recorded["noise"], recorded["timesteps"])
-    torch.testing.assert_close(sample.target, recorded[target], rtol=0, atol=1e-6)
+    target = recorded["noise" if prediction == "epsilon" else "target.v"]
+    torch.testing.assert_close(sample.target, target, rtol=0, atol=1e-6)
     ours = process.loss(recorded["model_pred"], sample).mean()
-    assert abs(ours.item() - recorded[loss].item()) <= 1e-6
+    assert abs(ours.item() - recorded[f"loss.{name}"].item()) <= 1e-6
 
 
 def _set(denoiser: nn.Module, recorded: dict[str, Tensor], prefix: str) -> None:

@@ -128,7 +128,13 @@ def test_a_run_that_is_stopped_stops_its_steps(tmp_path, number):
     (tmp_path / "waiting.py").write_text(WAITING)
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
     command = [sys.executable, str(tmp_path / "waiting.py"), str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, and so their children, ignore it
+
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=heed
+    ) as process:
         assert process.stdout is not None
         assert any("waiting" in line and "started" not in line for line in process.stdout)
         process.send_signal(number)

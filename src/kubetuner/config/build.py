@@ -7,9 +7,12 @@ from pathlib import Path
 
 from kubetuner.config.adapters import LORA_KEYS, read_adapter
 from kubetuner.config.attention import HALF_ONLY, WITHOUT_MASKS
+from kubetuner.config.build_objective import ObjectiveReader
 from kubetuner.config.data import Data
 from kubetuner.config.keys import Values
 from kubetuner.config.models import OUTLINES, FamilyOutline
+from kubetuner.config.objective import FlowSchedule, SchedulerChange
+from kubetuner.config.optimizers import OPTIMIZERS, OptimizerName, plain_settings, read_options
 from kubetuner.config.prompts import read_instruction, read_prompts, read_resolutions
 from kubetuner.config.schedule import empty_stages
 from kubetuner.config.sections import (
@@ -17,7 +20,6 @@ from kubetuner.config.sections import (
     CacheVaeSection,
     EvaluateSection,
     FamilyName,
-    FlowSchedule,
     ModelRef,
     ModelType,
     PushSection,
@@ -34,11 +36,10 @@ _SANA_KEYS = (
     "flow_schedule_shift", "flow_sigmoid_scale", "flow_use_uniform_schedule", "sana_complex_human_instruction",
 )  # fmt: skip
 _TRAIN_KEYS = (
-    "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "optimizer",
-    "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "learning_rate", "lr_scheduler", "lr_warmup_steps",
-    "lr_end", "lr_power", "grad_clip_method", "caption_dropout_probability", "disable_segmented_timestep_sampling",
-    "seed", "checkpoint_step_interval", "checkpoints_total_limit", "resume_from_checkpoint", "log_step_interval",
-    "data_backend_sampling", "layer_freeze_strategy",
+    "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "lr_scheduler",
+    "lr_warmup_steps", "lr_end", "lr_power", "lr_num_cycles", "grad_clip_method", "caption_dropout_probability",
+    "disable_segmented_timestep_sampling", "seed", "checkpoint_step_interval", "checkpoints_total_limit",
+    "resume_from_checkpoint", "log_step_interval", "data_backend_sampling", "layer_freeze_strategy",
     "gradient_checkpointing_interval", "attention_mechanism", "base_model_precision",
 )  # fmt: skip
 
@@ -53,7 +54,14 @@ class Base:
     model_type: ModelType
     values: Values
     instruction: str
+    objective: ObjectiveReader
+    scheduler: SchedulerChange
     flow: FlowSchedule
+
+    @property
+    def scheduled_model(self) -> ModelRef:
+        """The model for the steps that noise latents or draw pictures; the caches' bytes do not depend on it."""
+        return self.model.model_copy(update={"scheduler": self.scheduler})
 
 
 def read_base(values: Values, where: str, cwd: Path, problems: list[Problem]) -> Base | None:
@@ -65,6 +73,8 @@ def read_base(values: Values, where: str, cwd: Path, problems: list[Problem]) ->
     model_type: ModelType = "lora" if values.text("model_type") == "lora" else "full"
     _refuse_foreign(values, family, model_type, where, problems)
     path = _model_path(values, outline, where, problems)
+    objective = ObjectiveReader(values, outline.flow, where, problems)
+    objective.refuse_foreign()
     sana = family == "sana"
     return Base(
         family=family,
@@ -79,11 +89,9 @@ def read_base(values: Values, where: str, cwd: Path, problems: list[Problem]) ->
         model_type=model_type,
         values=values,
         instruction=read_instruction(values, where, cwd, problems) if sana else "",
-        flow=FlowSchedule(
-            density="uniform" if values.flag("flow_use_uniform_schedule") else "logit_normal",
-            sigmoid_scale=values.number("flow_sigmoid_scale", 1.0),
-            shift=values.number("flow_schedule_shift", 3.0),
-        ),
+        objective=objective,
+        scheduler=objective.scheduler(),
+        flow=objective.flow_schedule(),
     )
 
 
@@ -186,15 +194,16 @@ def _train(base: Base, data: Data, where: str, cwd: Path, problems: list[Problem
         )
     train = TrainSection.model_validate(
         {
-            "model": base.model,
+            "model": base.scheduled_model,
             "model_type": base.model_type,
             "lora": read_adapter(values, where, cwd, problems) if base.model_type == "lora" else None,
             "datasets": tuple(entry.sampling for entry in data.of("image")),
             "max_train_steps": steps,
             "num_train_epochs": epochs,
-            "max_grad_norm": values.number("max_grad_norm", 0.01 if base.family == "pixart_sigma" else 2.0),
             "flow": base.flow,
             **values.pick(*_TRAIN_KEYS),
+            **_optimizer(base, where, problems),
+            **base.objective.train_fields(),
         }
     )
     _check_schedule(train, values, where, problems)
@@ -203,19 +212,49 @@ def _train(base: Base, data: Data, where: str, cwd: Path, problems: list[Problem
     return train
 
 
+def _optimizer(base: Base, where: str, problems: list[Problem]) -> dict[str, object]:
+    """The optimizer and its settings: the user's, or else its own defaults."""
+    values = base.values
+    name: OptimizerName = next((name for name in OPTIMIZERS if name == values.text("optimizer")), "torch-adamw")
+    outline = OPTIMIZERS[name]
+    options = read_options(name, values.text("optimizer_config"), f"{where}.optimizer_config", problems)
+    plain = plain_settings(options)
+    for key in ("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"):
+        if key in values and key not in outline.defaults:
+            problems.append(Problem(f"{where}.{key}", f"has no effect with optimizer {name}; remove it."))
+        elif key in values and key in plain:
+            problems.append(Problem(f"{where}.{key}", "is in optimizer_config too; keep one of them."))
+        if key in ("adam_beta1", "adam_beta2") and not 0 <= plain.get(key, values.number(key, 0.0)) < 1:
+            place = "optimizer_config" if key in plain else key
+            problems.append(Problem(f"{where}.{place}", f"sets {key} to 1 or more; expected a number below 1."))
+    clip = (0.01 if base.family == "pixart_sigma" else 2.0) if outline.clips else 0.0
+    rate = {} if outline.learning_rate is None else {"learning_rate": outline.learning_rate}
+    return {
+        "optimizer": name,
+        "optimizer_options": {option: value for option, value in options.items() if option in outline.options},
+        "max_grad_norm": values.number("max_grad_norm", clip),
+        **outline.defaults,
+        **values.pick(*outline.defaults),
+        **plain,
+        **rate,
+        **values.pick("learning_rate"),
+    }
+
+
 def _check_schedule(train: TrainSection, values: Values, where: str, problems: list[Problem]) -> None:
-    if train.lr_scheduler == "polynomial" and train.learning_rate <= train.lr_end:
+    floored = train.lr_scheduler in ("polynomial", "sine")
+    if floored and train.learning_rate <= train.lr_end:
         message = f"is {train.lr_end:g}, not below learning_rate {train.learning_rate:g}; the rate could not fall."
         problems.append(Problem(f"{where}.lr_end", message))
-    if train.lr_scheduler != "polynomial":
-        message = f"has no effect with lr_scheduler {train.lr_scheduler}; remove it."
-        problems.extend(Problem(f"{where}.{name}", message) for name in ("lr_end", "lr_power") if name in values)
+    idle = [] if floored else ["lr_end"]
+    idle += [] if train.lr_scheduler == "polynomial" else ["lr_power"]
+    if train.lr_scheduler not in ("cosine_with_restarts", "sine") and train.lr_num_cycles > 1:
+        idle.append("lr_num_cycles")
+    message = f"has no effect with lr_scheduler {train.lr_scheduler}; remove it."
+    problems.extend(Problem(f"{where}.{name}", message) for name in idle if name in values)
     if train.max_train_steps and train.lr_warmup_steps > train.max_train_steps:
         message = f"is {train.lr_warmup_steps}, above max_train_steps {train.max_train_steps}."
         problems.append(Problem(f"{where}.lr_warmup_steps", message))
-    for name in ("adam_beta1", "adam_beta2"):
-        if values.number(name, 0.0) >= 1:
-            problems.append(Problem(f"{where}.{name}", "is 1; expected a number below 1."))
 
 
 def _check_machinery(train: TrainSection, where: str, problems: list[Problem]) -> None:
@@ -292,7 +331,7 @@ def _evaluate(base: Base, data: Data, where: str, cwd: Path, problems: list[Prob
     seed = {"seed": values.integer("validation_seed", values.integer("seed", 42))}
     return EvaluateSection.model_validate(
         {
-            "model": base.model,
+            "model": base.scheduled_model,
             "model_type": base.model_type,
             "eval_datasets": () if values.flag("eval_loss_disable") else (chosen,) if chosen else held_out,
             "prompts": prompts,
@@ -318,7 +357,7 @@ def _push(base: Base, train: TrainSection, where: str, problems: list[Problem]) 
     if values.flag("push_to_hub") and not name:
         problems.append(Problem(f"{where}.hub_model_id", "is missing; push_to_hub needs namespace/name."))
     return PushSection(
-        model=base.model,
+        model=base.scheduled_model,
         model_type=base.model_type,
         push_to_hub=values.flag("push_to_hub"),
         hub_model_id=name,

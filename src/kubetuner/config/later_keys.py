@@ -2,36 +2,25 @@
 
 from kubetuner.config.keys import Foreign, Later, Rule
 
-OPTIMIZERS = frozenset(
+LATER_OPTIMIZERS = frozenset(
     {
         "adamw_bf16", "adamw_schedulefree", "adamw_schedulefree+aggressive", "adamw_schedulefree+no_kahan",
         "torch-adam", "torch-sgd", "torch-radam", "torch-nadam", "torch-rmsprop", "torch-adagrad", "torch-adadelta",
-        "torch-adafactor", "torch-adamax", "torch-asgd", "torch-sparseadam",
-        "ao-adamw8bit", "ao-adamw4bit", "ao-adamfp8", "ao-adamwfp8",
-        "optimi-stableadamw", "optimi-adamw", "optimi-lion", "optimi-radam", "optimi-ranger", "optimi-adan",
-        "optimi-adam", "optimi-sgd",
+        "torch-adamax", "torch-asgd", "torch-sparseadam", "ao-adamfp8",
+        "optimi-radam", "optimi-ranger", "optimi-adan", "optimi-adam", "optimi-sgd",
         *(
             f"bnb-{name}{suffix}"
-            for name in ("adagrad", "adam", "adamw", "lion", "ademamix")
+            for name in ("adagrad", "adam", "ademamix")
             for suffix in ("", "8bit", "-paged", "8bit-paged")
         ),
-        "prodigy", "soap", "muon",
+        "soap", "muon",
     }
 )  # fmt: skip
 
 _QUANTISED = "quantised weights are"
-_NOISE = "changing the training noise is"
 _PREVIEW = "previews while a picture is drawn are"
 
 LATER: dict[str, Rule] = {
-    "use_ema": Later("averaging of weights (EMA) is", (False,)),
-    "ema_decay": Later("averaging of weights (EMA) is", (0.995,)),
-    "ema_update_interval": Later("averaging of weights (EMA) is", (1,)),
-    "ema_device": Later("averaging of weights (EMA) is", ("cpu",)),
-    "ema_cpu_only": Later("averaging of weights (EMA) is", (False,)),
-    "ema_foreach_disable": Later("averaging of weights (EMA) is", (False,)),
-    "ema_warmup_steps": Later("averaging of weights (EMA) is", (0,)),
-    "ema_validation": Later("averaging of weights (EMA) is", ("none",)),
     "base_model_default_dtype": Later("another dtype of the frozen weights is", ("bf16",)),
     "text_encoder_1_precision": Later(_QUANTISED, ("no_change",)),
     "text_encoder_2_precision": Later(_QUANTISED, ("no_change",)),
@@ -43,36 +32,12 @@ LATER: dict[str, Rule] = {
     "validation_lycoris_strength": Later("LyCORIS is", (1.0,)),
     "lora_format": Later("another format of the LoRA file is", ("diffusers",)),
     "peft_lora_mode": Later("another LoRA variant is", ("standard",)),
-    "snr_gamma": Later("min-SNR weighting of the loss is", (0,)),
-    "snr_weight": Later("weighting of the loss is", (1.0,)),
-    "use_soft_min_snr": Later("weighting of the loss is", (False,)),
-    "soft_min_snr_sigma_data": Later("weighting of the loss is"),
-    "loss_type": Later("another loss than l2 is", ("l2",)),
-    "huber_schedule": Later("another loss than l2 is", ("snr",)),
-    "huber_c": Later("another loss than l2 is", (0.1,)),
-    "offset_noise": Later(_NOISE, (False,)),
-    "noise_offset": Later(_NOISE, (0.1, 0)),
-    "noise_offset_probability": Later(_NOISE, (0.25, 0)),
-    "input_perturbation": Later(_NOISE, (0,)),
-    "input_perturbation_steps": Later(_NOISE, (0,)),
-    "prediction_type": Later("another prediction type than the model's own is", ("",)),
-    "rescale_betas_zero_snr": Later("zero terminal SNR is", (False,)),
-    "training_scheduler_timestep_spacing": Later("another timestep spacing is", ("trailing",)),
-    "timestep_bias_strategy": Later("biased timesteps are", ("none",)),
-    "timestep_bias_portion": Later("biased timesteps are", (0.25,)),
-    "timestep_bias_multiplier": Later("biased timesteps are", (1.0,)),
-    "timestep_bias_begin": Later("biased timesteps are", (0,)),
-    "timestep_bias_end": Later("biased timesteps are", (1000,)),
     "refiner_training": Later("refiner training is", (False,)),
     "refiner_training_strength": Later("refiner training is", (0.2,)),
     "refiner_training_invert_schedule": Later("refiner training is", (False,)),
     "data_aesthetic_score": Later("refiner training is", (7.0,)),
     "train_text_encoder": Later("training of text encoders is", (False,)),
     "t5_padding": Later("zeroed T5 padding is", ("unmodified",)),
-    "flow_schedule_auto_shift": Later("a shift that follows the resolution is", (False,)),
-    "flow_use_beta_schedule": Later("the beta density is", (False,)),
-    "flow_beta_schedule_alpha": Later("the beta density is", (2.0,)),
-    "flow_beta_schedule_beta": Later("the beta density is", (2.0,)),
     "flow_cubic_schedule_weights": Later("a density through given weights is"),
     "flow_custom_timesteps": Later("a list of timesteps is"),
     "flow_timesteps_mode": Later("a list of timesteps is"),
@@ -102,12 +67,10 @@ LATER: dict[str, Rule] = {
     "eval_steps_interval": Later("evaluation during training (it is done once, after it) is", (0,)),
     "eval_epoch_interval": Later("evaluation during training (it is done once, after it) is", (0,)),
     "eval_dataset_pooling": Later("pooling of evaluation datasets is", (False,)),
-    "optimizer_config": Later("a string of optimizer settings is", ("",)),
     "optimizer_release_gradients": Later("releasing gradients early is", (False,)),
     "fuse_optimizer": Later("a fused optimizer is", (False,)),
     "gradient_precision": Later("another gradient precision is", ("unmodified",)),
     "optimizer_cpu_offload_method": Later("an optimizer on the CPU is", ("none",)),
-    "lr_num_cycles": Later("restarts of the learning rate are", (1,)),
     "lr_scale": Later("scaling of the learning rate is", (False,)),
     "lr_scale_sqrt": Later("scaling of the learning rate is", (False,)),
     "checkpoint_epoch_interval": Later("checkpoints by epoch are", (0,)),

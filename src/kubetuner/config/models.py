@@ -19,6 +19,7 @@ class FamilyOutline:
         text_width: Features of a text token in the published checkpoints.
         text_floats: Largest number of floats one caption's embedding takes there.
         picture_multiple: Edges of validation pictures are multiples of this.
+        flow: Whether it trains flow matching, and not diffusion.
     """
 
     flavours: dict[str, str]
@@ -30,6 +31,7 @@ class FamilyOutline:
     text_width: int
     text_floats: int
     picture_multiple: int
+    flow: bool = False
 
 
 OUTLINES: dict[FamilyName, FamilyOutline] = {
@@ -80,5 +82,6 @@ OUTLINES: dict[FamilyName, FamilyOutline] = {
         text_width=2304,
         text_floats=300 * 2304,
         picture_multiple=32,
+        flow=True,
     ),
 }

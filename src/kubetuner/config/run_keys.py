@@ -16,7 +16,9 @@ Defaults are the sections' own. Where they differ from SimpleTuner's:
 from kubetuner.config import attention, precision
 from kubetuner.config.adapters import LOFTQ
 from kubetuner.config.keys import Alias, Key, Rule, Schema, Unneeded, one_of
-from kubetuner.config.later_keys import FOREIGN, LATER, OPTIMIZERS
+from kubetuner.config.later_keys import FOREIGN, LATER, LATER_OPTIMIZERS
+from kubetuner.config.objective_keys import OBJECTIVE_RULES
+from kubetuner.config.optimizers import OPTIMIZERS
 
 MODEL_RULES: dict[str, Rule] = {
     "model_type": Key("str", one_of("full", "lora"), nullable=False),
@@ -42,9 +44,6 @@ MODEL_RULES: dict[str, Rule] = {
     "attention_mechanism": Key(
         "str", one_of(*attention.MECHANISMS), later=frozenset({"flex"}), refused=attention.REFUSED
     ),
-    "flow_schedule_shift": Key("float", above=0),
-    "flow_sigmoid_scale": Key("float", above=0),
-    "flow_use_uniform_schedule": Key("bool"),
     "sana_complex_human_instruction": Key("texts"),
     "tokenizer_max_length": Key("int", low=1),
     "vae_dtype": Key("str", {"bf16": "bf16", "fp32": "fp32"}, later=frozenset({"fp16"})),
@@ -59,7 +58,12 @@ TRAIN_RULES: dict[str, Rule] = {
     "train_batch_size": Key("int", low=1),
     "gradient_accumulation_steps": Key("int", low=1),
     "mixed_precision": Key("str", one_of("no", "bf16"), later=frozenset({"fp16", "fp8"})),
-    "optimizer": Key("str", {"torch-adamw": "torch-adamw", "adamw": "torch-adamw"}, later=OPTIMIZERS),
+    "optimizer": Key(
+        "str",
+        {**one_of(*OPTIMIZERS), "adamw": "torch-adamw", "adafactor": "torch-adafactor"},
+        later=LATER_OPTIMIZERS,
+    ),
+    "optimizer_config": Key("str"),
     "adam_beta1": Key("float", low=0, high=1),
     "adam_beta2": Key("float", low=0, high=1),
     "adam_weight_decay": Key("float", low=0),
@@ -67,12 +71,12 @@ TRAIN_RULES: dict[str, Rule] = {
     "learning_rate": Key("float", above=0),
     "lr_scheduler": Key(
         "str",
-        one_of("constant", "constant_with_warmup", "linear", "cosine", "polynomial"),
-        later=frozenset({"cosine_with_restarts", "sine"}),
+        one_of("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "sine", "polynomial"),
     ),
     "lr_warmup_steps": Key("int", low=0),
     "lr_end": Key("float", low=0),
     "lr_power": Key("float", above=0),
+    "lr_num_cycles": Key("int", low=1),
     "max_grad_norm": Key("float", low=0),
     "grad_clip_method": Key("str", one_of("norm", "value")),
     "caption_dropout_probability": Key("float", low=0, high=1),
@@ -174,6 +178,15 @@ ALIASES: dict[str, Alias] = {
 }
 
 RUN_SCHEMA = Schema(
-    rules={**LATER, **FOREIGN, **MODEL_RULES, **TRAIN_RULES, **EVALUATE_RULES, **PUBLISH_RULES, **DATA_RULES},
+    rules={
+        **LATER,
+        **FOREIGN,
+        **MODEL_RULES,
+        **TRAIN_RULES,
+        **OBJECTIVE_RULES,
+        **EVALUATE_RULES,
+        **PUBLISH_RULES,
+        **DATA_RULES,
+    },
     aliases=ALIASES,
 )

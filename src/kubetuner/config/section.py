@@ -1,4 +1,4 @@
-"""What every section is: a frozen group of settings with one canonical JSON form."""
+"""What every section and every group of settings inside one is: frozen, strict, and canonical as JSON."""
 
 import json
 from typing import ClassVar, Self

@@ -7,14 +7,28 @@ bytes and Kubeflow's cache agrees with ours. Fields that change speed but not re
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
+from kubetuner.config.adapter_sections import LoraSettings
 from kubetuner.config.caption_sections import DatasetCaptions
-from kubetuner.config.section import Section
+from kubetuner.config.objective import (
+    EmaSettings,
+    LossSettings,
+    NoiseSettings,
+    ProcessSettings,
+    SchedulerChange,
+    TimestepBias,
+)
+from kubetuner.config.objective import FlowSchedule as FlowSchedule
+from kubetuner.config.optimizers import OptimizerName, Option
+from kubetuner.config.section import Section as Section
 from kubetuner.config.source_sections import DownloadSection
 
 FamilyName = Literal["pixart_sigma", "sdxl", "sana"]
 ModelType = Literal["full", "lora"]
-FULL_MATRIX_RANK = 10000
-"""A LoKr's ``linear_dim`` by which LyCORIS users mean blocks without decomposition: larger than any block."""
+LrScheduler = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "sine", "polynomial"
+]
 
 
 class ModelRef(Section):
@@ -28,6 +42,7 @@ class ModelRef(Section):
         vae_path: ``pretrained_vae_model_name_or_path``; empty for the pipeline's own VAE.
         vae_revision: Hash of the files that the VAE is loaded from when they are in a folder; resolved by ``plan``.
         text_revision: As ``vae_revision``, of the tokenizers and text encoders.
+        scheduler: How the denoiser's noise schedule is read; unset in the caches' sections, which ask nothing of it.
     """
 
     family: FamilyName
@@ -37,6 +52,7 @@ class ModelRef(Section):
     vae_path: str = ""
     vae_revision: str = ""
     text_revision: str = ""
+    scheduler: SchedulerChange = SchedulerChange()
 
     def vae_identity(self) -> tuple[str, ...]:
         """What latents depend on: the VAE's contents wherever they lie, or a hub repository and its revision."""
@@ -150,56 +166,6 @@ class CacheTextSection(Section):
         return super().deciding() | {"model": self.model.text_identity()}
 
 
-class LoraSettings(Section):
-    """``model_type: lora``; for LoKr and LoHa the values come from ``lycoris_config``.
-
-    Attributes:
-        algorithm: ``lora`` (``lora_type: standard``), or ``lokr`` or ``loha`` (``lora_type: lycoris``).
-        rank: ``lora_rank``, or ``linear_dim``.
-        alpha: ``lora_alpha``, or ``linear_alpha``; equals ``rank`` unless set.
-        dropout: ``lora_dropout`` in 0..1: share of a LoRA's inputs that is left out.
-        init_type: ``lora_init_type``; ``olora`` and ``pissa`` start from a factorisation of the base's weights.
-        use_dora: A LoRA whose weights' magnitude is trained apart from their direction.
-        target_modules: ``peft_lora_target_modules``: names of layers; empty for the family's own.
-        target_classes: ``target_module`` of a LyCORIS preset: all layers inside modules of these classes.
-        factor: LoKr's ``factor``: the largest edge of its first block; -1 for as square as possible.
-        decompose_both: LoKr's: the first block is of low rank too.
-        tucker: ``use_tucker``: convolutions are decomposed along their kernel too.
-        rank_dropout: Share in 0..1 of output rows that is left out.
-        module_dropout: Share in 0..1 of layers whose adapter is left out.
-        init_lora: Adapter to start from: a folder, or a ``.safetensors`` file of diffusers' kind; empty for none.
-        init_lora_revision: Hash of its contents; resolved by ``plan``.
-    """
-
-    algorithm: Literal["lora", "lokr", "loha"] = "lora"
-    rank: int = 16
-    alpha: float = 16.0
-    dropout: float = 0.1
-    init_type: Literal["default", "gaussian", "olora", "pissa"] = "default"
-    use_dora: bool = False
-    target_modules: tuple[str, ...] = ()
-    target_classes: tuple[str, ...] = ()
-    factor: int = -1
-    decompose_both: bool = False
-    tucker: bool = False
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
-    init_lora: str = ""
-    init_lora_revision: str = ""
-
-    @property
-    def full_rank(self) -> bool:
-        """Whether a LoKr's blocks are not decomposed."""
-        return self.rank >= FULL_MATRIX_RANK
-
-    @property
-    def title(self) -> str:
-        """What people call it: ``LoRA``, ``DoRA``, ``LoKr`` or ``LoHa``."""
-        if self.use_dora:
-            return "DoRA"
-        return {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}[self.algorithm]
-
-
 class DatasetSampling(Section):
     """How often and when a dataset is drawn from.
 
@@ -219,20 +185,6 @@ class DatasetSampling(Section):
     is_regularisation_data: bool = False
 
 
-class FlowSchedule(Section):
-    """Densities of a flow-matching family (``flow_schedule_*``).
-
-    Attributes:
-        density: ``logit_normal`` is SimpleTuner's sigmoid density, ``uniform`` is ``flow_use_uniform_schedule``.
-        sigmoid_scale: ``flow_sigmoid_scale``.
-        shift: ``flow_schedule_shift``: sigma' = shift * sigma / (1 + (shift - 1) * sigma); 1 leaves it as it is.
-    """
-
-    density: Literal["logit_normal", "uniform"] = "logit_normal"
-    sigmoid_scale: float = 1.0
-    shift: float = 3.0
-
-
 class TrainSection(Section):
     """Settings of ``train``.
 
@@ -244,7 +196,11 @@ class TrainSection(Section):
         max_train_steps: Optimizer steps; exactly one of this and ``num_train_epochs`` is above 0.
         grad_clip_method: ``norm`` or ``value``; ``max_grad_norm`` 0 turns clipping off.
         checkpoint_step_interval: Optimizer steps between checkpoints; 0 for the end only.
-        lr_end: Floor of the ``polynomial`` schedule.
+        lr_end: Floor of the ``polynomial`` and ``sine`` schedules.
+        lr_num_cycles: Restarts or waves over the whole run.
+        optimizer_options: ``optimizer_config``, checked and typed.
+        ema: ``None`` without ``use_ema``.
+        nonfinite_loss: What to do with a step whose loss or gradient is not finite.
         log_step_interval: Optimizer steps between logged points.
         seed: Seeds noise, timesteps, caption dropout, sampling order and adapter initialisation.
     """
@@ -268,21 +224,28 @@ class TrainSection(Section):
     attention_mechanism: str = "diffusers"
     base_model_precision: str = "no_change"
     mixed_precision: Literal["no", "bf16"] = "bf16"
-    optimizer: Literal["torch-adamw"] = "torch-adamw"
+    optimizer: OptimizerName = "torch-adamw"
+    optimizer_options: dict[str, Option] = Field(default_factory=dict)
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_weight_decay: float = 0.01
     adam_epsilon: float = 1e-8
     learning_rate: float = 4e-7
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial"] = "constant_with_warmup"
+    lr_scheduler: LrScheduler = "constant_with_warmup"
     lr_warmup_steps: int = 0
     lr_end: float = 0.0
     lr_power: float = 1.0
+    lr_num_cycles: int = 1
     max_grad_norm: float = 2.0
     grad_clip_method: Literal["norm", "value"] = "norm"
     caption_dropout_probability: float = 0.1
     disable_segmented_timestep_sampling: bool = False
     flow: FlowSchedule = FlowSchedule()
+    timestep_bias: TimestepBias = TimestepBias()
+    loss: LossSettings = LossSettings()
+    noise: NoiseSettings = NoiseSettings()
+    ema: EmaSettings | None = None
+    nonfinite_loss: Literal["stop", "skip"] = "stop"
     seed: int = 42
     checkpoint_step_interval: int = 500
     checkpoints_total_limit: int = 5
@@ -295,6 +258,15 @@ class TrainSection(Section):
         if self.lora is None or self.lora.init_type in ("olora", "pissa"):
             return False
         return self.mixed_precision == "bf16"
+
+    def process(self) -> ProcessSettings:
+        """What the family's noise process is made with."""
+        return ProcessSettings(
+            segmented=not self.disable_segmented_timestep_sampling,
+            flow=self.flow,
+            bias=self.timestep_bias,
+            loss=self.loss,
+        )
 
 
 class Prompt(Section):

@@ -1,12 +1,14 @@
 """Variance-preserving diffusion (PixArt Sigma, SDXL): discrete timesteps, epsilon or v prediction."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
-from kubetuner.diffusion.process import NoisySample, broadcast, squared_error
+from kubetuner.config.objective import LossSettings, Prediction, TimestepBias
+from kubetuner.diffusion.losses import huber_turns, sample_losses, snr_weights
+from kubetuner.diffusion.process import NoisySample, broadcast
 
 
 @dataclass(frozen=True)
@@ -15,22 +17,28 @@ class EpsilonProcess:
 
     Attributes:
         alphas_cumprod: abar of every timestep, float32 ``[T]`` on CPU, from the base's scheduler.
-        segmented: Spread the timesteps of a batch over equal segments of the range instead of drawing independently.
-            SimpleTuner's segments overlap by one timestep; ours do not.
+        segmented: Spread the timesteps of a batch over segments of equal probability instead of drawing independently.
+            SimpleTuner's segments are equally long and overlap by one timestep; ours do not.
         prediction: What the model says: the noise, or v = sqrt(abar) * noise - sqrt(1 - abar) * x.
+        bias: Timesteps that are drawn more or less often. Drawn in segments they keep exactly that bias; SimpleTuner
+            biases only inside each segment, so that ``later`` with a portion of one segment changes nothing.
+        scoring: The loss.
     """
 
     alphas_cumprod: Tensor
     segmented: bool = True
-    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
+    prediction: Prediction = "epsilon"
+    bias: TimestepBias = TimestepBias()
+    scoring: LossSettings = LossSettings()
 
-    def draw_levels(self, batch_size: int, generator: Generator) -> Tensor:
+    def draw_levels(self, shape: Sequence[int], generator: Generator) -> Tensor:
         """Timesteps int64 ``[B]``; segmented ones walk from the noisiest segment down."""
-        steps = len(self.alphas_cumprod)
+        steps, batch_size = len(self.alphas_cumprod), shape[0]
         uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)
         if self.segmented:
             uniform = (torch.arange(batch_size - 1, -1, -1, dtype=torch.float64) + uniform) / batch_size
-        return (uniform * steps).long().clamp(max=steps - 1)
+        ends = timestep_weights(self.bias, steps).cumsum(0)
+        return torch.searchsorted(ends, uniform * ends[-1], right=True).clamp(max=steps - 1)
 
     def eval_levels(self, count: int) -> Tensor:
         """Timesteps int64 ``[count]`` at the middles of ``count`` equal bins, ascending."""
@@ -38,13 +46,32 @@ class EpsilonProcess:
 
     def add_noise(self, latents: Tensor, noise: Tensor, levels: Tensor) -> NoisySample:
         """Noise ``latents`` at timesteps ``levels``."""
-        abar = self.alphas_cumprod[levels.cpu()]
+        levels = levels.cpu()
+        abar = self.alphas_cumprod[levels]
         signal = broadcast(abar.sqrt(), latents)
         spread = broadcast((1 - abar).sqrt(), latents)
         noisy = signal * latents + spread * noise
         target = noise if self.prediction == "epsilon" else signal * noise - spread * latents
-        return NoisySample(noisy, levels.to(latents.device), target)
+        weights = snr_weights(self.scoring, abar / (1 - abar), self.prediction)
+        turns = huber_turns(self.scoring, levels / len(self.alphas_cumprod), ((1 - abar) / abar).sqrt())
+        return NoisySample(
+            noisy, levels.to(latents.device), target, weights.to(latents.device), turns.to(latents.device)
+        )
 
     def loss(self, prediction: Tensor, sample: NoisySample) -> Tensor:
-        """Mean squared error per sample."""
-        return squared_error(prediction, sample.target)
+        """Weighted loss per sample."""
+        return sample_losses(self.scoring, prediction, sample.target, sample.weights, sample.turns)
+
+
+def timestep_weights(bias: TimestepBias, steps: int) -> Tensor:
+    """How often each timestep is drawn, relative to the others, float64 ``[steps]``; timestep 0 has least noise."""
+    weights = torch.ones(steps, dtype=torch.float64)
+    count = max(1, int(bias.portion * steps))
+    chosen = {
+        "none": slice(0, 0),
+        "earlier": slice(0, count),
+        "later": slice(steps - count, steps),
+        "range": slice(bias.begin, bias.end),
+    }[bias.strategy]
+    weights[chosen] *= bias.multiplier
+    return weights

@@ -1,12 +1,41 @@
 """Flow matching (Sana): continuous sigmas, velocity prediction."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from kubetuner.diffusion.process import NoisySample, broadcast, squared_error
+from kubetuner.config.objective import FlowSchedule, LossSettings
+from kubetuner.diffusion.losses import huber_turns, sample_losses
+from kubetuner.diffusion.process import NoisySample, broadcast
+
+
+@dataclass(frozen=True)
+class AutoShift:
+    """A shift that grows with the number of image tokens: exp(mu), mu on the line through two (tokens, mu) points.
+
+    Attributes:
+        patch: Latents per token and edge of the denoiser. Sana's is 1; SimpleTuner takes 2 for it.
+        base_tokens: ``base_image_seq_len`` of the scheduler.
+        max_tokens: ``max_image_seq_len``.
+        base_mu: ``base_shift``.
+        max_mu: ``max_shift``.
+    """
+
+    patch: int = 1
+    base_tokens: int = 256
+    max_tokens: int = 4096
+    base_mu: float = 0.5
+    max_mu: float = 1.15
+
+    def shift(self, height: int, width: int) -> float:
+        """The shift for latents of that size."""
+        tokens = (height // self.patch) * (width // self.patch)
+        slope = (self.max_mu - self.base_mu) / (self.max_tokens - self.base_tokens)
+        return math.exp(self.base_mu + slope * (tokens - self.base_tokens))
 
 
 @dataclass(frozen=True)
@@ -14,20 +43,21 @@ class FlowProcess:
     """Noises with ``(1 - sigma) * x + sigma * noise``; the target is ``noise - x``.
 
     Attributes:
-        density: ``logit_normal`` draws sigma = sigmoid(sigmoid_scale * normal), ``uniform`` draws it evenly in 0..1.
-        sigmoid_scale: See ``density``.
-        shift: sigma' = shift * sigma / (1 + (shift - 1) * sigma) after the draw; 1, or 0 and below, change nothing.
+        schedule: The density of the sigmas and their shift: ``logit_normal`` draws sigma = sigmoid(scale * normal),
+            ``uniform`` draws it evenly in 0..1, ``beta`` from Beta(alpha, beta).
+        auto: Takes the place of ``schedule.shift``.
+        scoring: The loss; levels have no SNR weights.
     """
 
-    density: Literal["logit_normal", "uniform"] = "logit_normal"
-    sigmoid_scale: float = 1.0
-    shift: float = 3.0
+    schedule: FlowSchedule = FlowSchedule()
+    auto: AutoShift | None = None
+    scoring: LossSettings = LossSettings()
 
-    def draw_levels(self, batch_size: int, generator: Generator) -> Tensor:
+    def draw_levels(self, shape: Sequence[int], generator: Generator) -> Tensor:
         """Sigmas float32 ``[B]``."""
-        if self.density == "uniform":
-            return self._shifted(torch.rand(batch_size, generator=generator))
-        return self._shifted(torch.sigmoid(self.sigmoid_scale * torch.randn(batch_size, generator=generator)))
+        shift = self.schedule.shift if self.auto is None else self.auto.shift(shape[-2], shape[-1])
+        sigmas = self._draw(shape[0], generator)
+        return sigmas if shift <= 0 else shift * sigmas / (1 + (shift - 1) * sigmas)
 
     def eval_levels(self, count: int) -> Tensor:
         """Sigmas float32 ``[count]`` at the middles of ``count`` equal bins, ascending; not shifted."""
@@ -37,13 +67,22 @@ class FlowProcess:
         """Noise ``latents`` at sigmas ``levels``."""
         levels = levels.to(latents.device, torch.float32)
         sigma = broadcast(levels, latents)
-        return NoisySample((1 - sigma) * latents + sigma * noise, levels * 1000, noise - latents)
+        noisy = (1 - sigma) * latents + sigma * noise
+        weights = torch.full_like(levels, self.scoring.snr_weight)
+        turns = huber_turns(self.scoring, levels, levels / (1 - levels))
+        return NoisySample(noisy, levels * 1000, noise - latents, weights, turns)
 
     def loss(self, prediction: Tensor, sample: NoisySample) -> Tensor:
-        """Mean squared error per sample."""
-        return squared_error(prediction, sample.target)
+        """Weighted loss per sample."""
+        return sample_losses(self.scoring, prediction, sample.target, sample.weights, sample.turns)
 
-    def _shifted(self, sigmas: Tensor) -> Tensor:
-        if self.shift <= 0:
-            return sigmas
-        return self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
+    def _draw(self, count: int, generator: Generator) -> Tensor:
+        match self.schedule.density:
+            case "uniform":
+                return torch.rand(count, generator=generator)
+            case "logit_normal":
+                return torch.sigmoid(self.schedule.sigmoid_scale * torch.randn(count, generator=generator))
+            case "beta":  # torch draws from it with its global generator only.
+                seed = int(torch.randint(2**62, (), generator=generator))
+                drawn = np.random.default_rng(seed).beta(self.schedule.beta_alpha, self.schedule.beta_beta, count)
+                return torch.from_numpy(drawn).float()

@@ -1,5 +1,6 @@
 """What every noise process offers the training loop and the evaluation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,18 +15,26 @@ class NoisySample:
         noisy_latents: Model input, float32 ``[B, C, h, w]``.
         timesteps: What the model is told: int64 0..999 (epsilon) or float32 ``1000 * sigma`` (flow), ``[B]``.
         target: What the prediction is compared with, float32 ``[B, C, h, w]``.
+        weights: Factor of each sample's loss, float32 ``[B]``.
+        turns: ``huber_c`` of each sample, float32 ``[B]``; not used by the squared error.
     """
 
     noisy_latents: Tensor
     timesteps: Tensor
     target: Tensor
+    weights: Tensor
+    turns: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in the order of the constructor."""
+        return self.noisy_latents, self.timesteps, self.target, self.weights, self.turns
 
 
 class NoiseProcess(Protocol):
     """How latents are noised, what is predicted, and how predictions are scored."""
 
-    def draw_levels(self, batch_size: int, generator: Generator) -> Tensor:
-        """Draw one noise level per sample, ``[B]``: timesteps (epsilon) or sigmas in 0..1 (flow), on CPU."""
+    def draw_levels(self, shape: Sequence[int], generator: Generator) -> Tensor:
+        """Draw one noise level per sample of latents ``[B, C, h, w]``: timesteps (epsilon) or sigmas (flow), on CPU."""
         ...
 
     def eval_levels(self, count: int) -> Tensor:
@@ -44,8 +53,3 @@ class NoiseProcess(Protocol):
 def broadcast(values: Tensor, like: Tensor) -> Tensor:
     """``[B]`` as ``[B, 1, 1, 1]`` on the device of ``like``."""
     return values.to(like.device).reshape(-1, *[1] * (like.ndim - 1))
-
-
-def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error per sample, float32 ``[B]``."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kubetuner.artifacts import ValidationImage
+from kubetuner.config.objective import ProcessSettings
 from kubetuner.config.sections import EvaluateSection
 from kubetuner.evaluation.clip_score import Judge, Pair, bar_of, verdict
 from kubetuner.evaluation.eval_loss import EvalLoss, Measurement, evaluation_loss
@@ -70,7 +71,7 @@ class _Examiner:
         return denoiser
 
     def _measurement(self) -> Measurement:
-        process = self.family.noise_process(self.section.model, self.section.flow, segmented=False)
+        process = self.family.noise_process(self.section.model, ProcessSettings(flow=self.section.flow))
         bf16 = self.section.mixed_precision == "bf16"
         return Measurement(self.family, process, self.section.eval_timesteps, bf16)
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.sections import CacheTextSection, EvaluateSection, FlowSchedule, LoraSettings, ModelRef
+from kubetuner.config.adapter_sections import LoraSettings
+from kubetuner.config.objective import ProcessSettings
+from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRef
 from kubetuner.diffusion.process import NoiseProcess
 
 Named = dict[str, Tensor]
@@ -80,8 +82,8 @@ class Family(Protocol):
         """The denoiser alone."""
         ...
 
-    def noise_process(self, ref: ModelRef, flow: FlowSchedule, segmented: bool) -> NoiseProcess:
-        """The training noise process, from the base's scheduler config."""
+    def noise_process(self, ref: ModelRef, settings: ProcessSettings) -> NoiseProcess:
+        """The training noise process, from the base's scheduler config as ``ref.scheduler`` changes it."""
         ...
 
     def collate(self, texts: Sequence[Named | None], null: Named, rows: Sequence[LatentRow]) -> Named:

@@ -1,13 +1,12 @@
 """Loading single parts of a pretrained pipeline, from a folder or the hub."""
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kubetuner.config.sections import ModelRef
-from kubetuner.diffusion.epsilon import EpsilonProcess
 from kubetuner.errors import InputError
 
 
@@ -61,31 +60,13 @@ def load_parts(pipeline: Any, ref: ModelRef, parts: dict[str, nn.Module | None],
 
 def pipeline_setting(pipeline: Any, ref: ModelRef, name: str, default: bool) -> bool:
     """A switch of ``model_index.json``."""
-    return bool(_from_pretrained(pipeline.load_config, ref, "", revision=hub_revision(ref)).get(name, default))
+    return bool(load_config(pipeline, ref, "").get(name, default))
 
 
-def epsilon_process(ref: ModelRef, segmented: bool) -> EpsilonProcess:
-    """The noise process of the base's scheduler, whatever sampler it names: its betas and prediction type."""
-    from diffusers import DDPMScheduler
-
-    config = _from_pretrained(DDPMScheduler.load_config, ref, "scheduler", revision=hub_revision(ref))
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction"):
-        raise InputError(
-            f"{ref.path}/scheduler: prediction_type is {prediction!r}; {ref.family} trains 'epsilon' or "
-            "'v_prediction'. Check that the model belongs to this model_family."
-        )
-    names = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "rescale_betas_zero_snr",
-    )
-    scheduler = DDPMScheduler(**{name: config[name] for name in names if name in config})
-    alphas: Tensor = scheduler.alphas_cumprod
-    return EpsilonProcess(alphas, segmented, cast(Literal["epsilon", "v_prediction"], prediction))
+def load_config(part: Any, ref: ModelRef, subfolder: str) -> dict[str, Any]:
+    """The configuration of the part in ``subfolder``."""
+    config: dict[str, Any] = _from_pretrained(part.load_config, ref, subfolder, revision=hub_revision(ref))
+    return dict(config)
 
 
 def _from_pretrained(load: Any, ref: ModelRef, subfolder: str, **options: Any) -> Any:

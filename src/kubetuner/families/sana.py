@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.sections import CacheTextSection, EvaluateSection, FlowSchedule, LoraSettings, ModelRef
+from kubetuner.config.adapter_sections import LoraSettings
+from kubetuner.config.objective import ProcessSettings
+from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRef
 from kubetuner.diffusion.flow import FlowProcess
-from kubetuner.families import adapters, loading
+from kubetuner.families import adapters, loading, noise
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
 from kubetuner.families.text import TextEncoder, encode_at_length, pad_together
@@ -82,9 +84,14 @@ class Sana:
 
         return loading.load_model(SanaTransformer2DModel, ref, "transformer", device, dtype)
 
-    def noise_process(self, ref: ModelRef, flow: FlowSchedule, segmented: bool) -> FlowProcess:
-        """Flow matching with the density and shift of ``flow``; ``segmented`` does not apply."""
-        return FlowProcess(flow.density, flow.sigmoid_scale, flow.shift)
+    def noise_process(self, ref: ModelRef, settings: ProcessSettings) -> FlowProcess:
+        """Flow matching with the density and shift of ``settings.flow``; segments and bias do not apply."""
+        if not settings.flow.auto_shift:
+            return FlowProcess(settings.flow, scoring=settings.loss)
+        from diffusers import SanaTransformer2DModel
+
+        patch = loading.load_config(SanaTransformer2DModel, ref, self.facts.denoiser)["patch_size"]
+        return FlowProcess(settings.flow, noise.auto_shift(ref, patch), settings.loss)
 
     def collate(self, texts: Sequence[Named | None], null: Named, rows: Sequence[LatentRow]) -> Named:
         """Padded text and its mask."""

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.sections import CacheTextSection, EvaluateSection, FlowSchedule, LoraSettings, ModelRef
+from kubetuner.config.adapter_sections import LoraSettings
+from kubetuner.config.objective import ProcessSettings
+from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRef
 from kubetuner.diffusion.epsilon import EpsilonProcess
-from kubetuner.families import adapters, loading
+from kubetuner.families import adapters, loading, noise
 from kubetuner.families.autoencoders import encode_kl, kl_latent_shape, kl_moments
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
@@ -98,9 +100,9 @@ class Sdxl:
 
         return loading.load_model(UNet2DConditionModel, ref, "unet", device, dtype)
 
-    def noise_process(self, ref: ModelRef, flow: FlowSchedule, segmented: bool) -> EpsilonProcess:
-        """Epsilon (or v) over the base's betas; ``flow`` does not apply."""
-        return loading.epsilon_process(ref, segmented)
+    def noise_process(self, ref: ModelRef, settings: ProcessSettings) -> EpsilonProcess:
+        """Epsilon (or v) over the base's betas; ``settings.flow`` does not apply."""
+        return noise.epsilon_process(ref, settings)
 
     def collate(self, texts: Sequence[Named | None], null: Named, rows: Sequence[LatentRow]) -> Named:
         """Text, pooled text and time ids; a dropped caption has zero time ids too."""
@@ -130,7 +132,9 @@ class Sdxl:
         from diffusers import StableDiffusionXLPipeline
 
         vae = self.load_vae(ref, device) if ref.vae_path else None
-        return loading.load_parts(StableDiffusionXLPipeline, ref, {"unet": denoiser, "vae": vae}, device)
+        pipeline = loading.load_parts(StableDiffusionXLPipeline, ref, {"unet": denoiser, "vae": vae}, device)
+        noise.change_scheduler(pipeline, ref)
+        return pipeline
 
     def draw(self, pipeline: Any, prompt: str, size: tuple[int, int], seed: int, section: EvaluateSection) -> Any:
         """See :class:`~kubetuner.families.base.Family`."""

@@ -10,7 +10,9 @@ from importlib.resources import files
 from typing import Literal
 
 from kubetuner.artifacts import EvaluationArtifact, ModelArtifact, ValidationImage
-from kubetuner.config.sections import LoraSettings, PushSection
+from kubetuner.config.adapter_sections import LoraSettings
+from kubetuner.config.objective import FlowSchedule, LossSettings, NoiseSettings, TimestepBias
+from kubetuner.config.sections import PushSection, Section
 from kubetuner.families.base import FamilyFacts
 
 Usage = Literal["pipeline", "lora", "peft"]
@@ -33,6 +35,11 @@ _TRAINING = {
     "caption_dropout_probability": "Caption dropout probability",
     "seed": "Seed",
 }
+_SCHEDULER = {
+    "prediction_type": "Prediction type",
+    "rescale_betas_zero_snr": "Zero terminal SNR",
+    "timestep_spacing": "Sampler's timestep spacing",
+}
 _LORA = {
     "rank": "LoRA rank",
     "alpha": "LoRA alpha",
@@ -43,6 +50,14 @@ _LORA = {
 _LYCORIS = {"rank": "Rank", "alpha": "Alpha", "rank_dropout": "Rank dropout", "module_dropout": "Module dropout"}
 _LYCORIS_TARGETS = {"target_classes": "Target module classes"}
 _LOKR = {"factor": "Factor", "decompose_both": "Both blocks decomposed"}
+_GROUPS: dict[str, tuple[str, Section | None]] = {
+    "loss": ("Loss", LossSettings()),
+    "noise": ("Training noise", NoiseSettings()),
+    "timestep_bias": ("Timestep bias", TimestepBias()),
+    "flow": ("Flow schedule", FlowSchedule()),
+    "ema": ("Averaged weights (EMA)", None),
+    "optimizer_options": ("Optimizer options", None),
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
@@ -89,6 +104,7 @@ def render_card(
         validation=_validation(evaluation),
         training=_training(section, model),
         kind=_kind(json.loads(section.training), model),
+        scheduler=", ".join(f"{name}={value!r}" for name, value in section.model.scheduler.settings().items()),
         usage=usage,
     )
 
@@ -136,7 +152,8 @@ def _training(section: PushSection, model: ModelArtifact) -> list[tuple[str, str
             f"{model.first_loss:.4f} over the first tenth of the steps, {model.last_loss:.4f} over the last",
         )
     )
-    rows += _chosen(settings, _TRAINING)
+    rows += _chosen(settings, _TRAINING) + _chosen(section.model.scheduler.settings(), _SCHEDULER)
+    rows += _groups(settings)
     micro, accumulated = settings.get("train_batch_size"), settings.get("gradient_accumulation_steps")
     if isinstance(micro, int) and isinstance(accumulated, int):
         rows.append(("Effective batch size", str(micro * accumulated)))
@@ -173,6 +190,19 @@ def _chosen(settings: Mapping[str, object], names: Mapping[str, str]) -> list[tu
         for key, title in names.items()
         if key in settings and not (key in unused_at_zero and not settings[key]) and settings[key] not in ([], ())
     ]
+
+
+def _groups(settings: Mapping[str, object]) -> list[tuple[str, str]]:
+    """The groups of settings that were chosen, with what differs from the default."""
+    rows = []
+    for name, (title, default) in _GROUPS.items():
+        values, usual = settings.get(name), {} if default is None else default.model_dump()
+        if isinstance(values, dict):
+            chosen = [
+                f"{key} {_text(value)}" for key, value in values.items() if key not in usual or usual[key] != value
+            ]
+            rows += [(title, ", ".join(chosen))] if chosen else []
+    return rows
 
 
 def _text(value: object) -> str:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from kubetuner.config.caption_sections import DatasetCaptions
 from kubetuner.config.models import OUTLINES
+from kubetuner.config.optimizers import OPTIMIZERS
 from kubetuner.config.precision import BYTES
 from kubetuner.config.sections import ModelRef, Sections
 from kubetuner.steps.plan_datasets import Measured
 
-# float32 weights, gradients and the two moments of AdamW.
-_FULL_BYTES = 16
+# float32 weights and gradients.
+_FULL_BYTES = 8
 _BYTES = {"bf16": 2, "fp32": 4, "no": 4}
 
 
@@ -27,7 +28,8 @@ class Costs:
         text_embeds_bytes: At most, with one caption per picture; captions that agree are stored once and padding is
             trimmed.
         parameters: Of the denoiser.
-        training_memory_bytes: Weights, gradients and optimizer state; activations come on top.
+        training_memory_bytes: Weights, gradients, optimizer state, and averages on the accelerator; activations come
+            on top.
     """
 
     latents_bytes: int
@@ -51,7 +53,9 @@ def estimate(sections: Sections, measured: Sequence[Measured]) -> Costs:
     if sections.train.layer_freeze_strategy == "bitfit":
         memory = parameters * _BYTES["fp32"]
     elif sections.train.model_type == "full":
-        memory = parameters * _FULL_BYTES
+        averages = 4 if sections.train.ema is not None and sections.train.ema.device == "accelerator" else 0
+        state = OPTIMIZERS[sections.train.optimizer].state_bytes
+        memory = int(parameters * (_FULL_BYTES + state + averages))
     else:
         whole = _BYTES["bf16" if sections.train.frozen_in_bf16 else "fp32"]
         memory = int(parameters * BYTES.get(sections.train.base_model_precision, whole))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kubetuner.artifacts import canonical_json, sha256_of
-from kubetuner.config.sections import LoraSettings, ModelRef, Sections
+from kubetuner.config.adapter_sections import LoraSettings
+from kubetuner.config.sections import ModelRef, Sections
 from kubetuner.errors import Problem
 
 _TEXT_FOLDERS = ("text_encoder", "tokenizer")
@@ -36,21 +37,22 @@ def resolve_models(sections: Sections, cwd: Path, problems: list[Problem]) -> Se
         vae_revision=_vae_revision(base, vae_path, vae_local),
         text_revision=_text_revision(Path(path), base) if local else "",
     )
+    scheduled = model.model_copy(update={"scheduler": given.scheduler})
     lora = _resolve_start(sections.train.lora, models)
-    train = sections.train.model_copy(update={"model": model, "lora": lora})
+    train = sections.train.model_copy(update={"model": scheduled, "lora": lora})
     # A cache step is told of its own part alone, so that Kubeflow repeats it when that part changes and only then.
     whole = {"revision": ""} if local else {}
     vae_model = model.model_copy(update={"text_revision": "", **whole})
     text_model = model.model_copy(update={"vae_path": "", "vae_revision": "", **whole})
     judge_revision = folder_revision(Path(judge)) if judge_local else ""
-    evaluate = {"model": model, "judge": judge, "judge_revision": judge_revision}
+    evaluate = {"model": scheduled, "judge": judge, "judge_revision": judge_revision}
     return sections.model_copy(
         update={
             "cache_vae": sections.cache_vae.model_copy(update={"model": vae_model}),
             "cache_text_embeds": sections.cache_text_embeds.model_copy(update={"model": text_model}),
             "train": train,
             "evaluate": sections.evaluate.model_copy(update=evaluate),
-            "push": sections.push.model_copy(update={"model": model, "training": train.to_json()}),
+            "push": sections.push.model_copy(update={"model": scheduled, "training": train.to_json()}),
         }
     )
 

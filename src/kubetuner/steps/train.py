@@ -34,6 +34,7 @@ _TRACKED_PARAMS = (
     "gradient_accumulation_steps", "mixed_precision", "base_model_precision", "optimizer", "learning_rate",
     "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "grad_clip_method", "caption_dropout_probability", "seed",
 )  # fmt: skip
+_TRACKED_GROUPS = ("loss", "noise", "timestep_bias", "flow", "ema")
 
 
 def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[Path], out: Path) -> ModelArtifact:
@@ -105,14 +106,13 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
         torch.set_float32_matmul_precision("high")
     family = load_family(section.model.family)
     batches = Batches(section, latents, text_embeds, family.facts.text_tensors)
-    segmented = not section.disable_segmented_timestep_sampling
-    process = family.noise_process(section.model, section.flow, segmented)
+    process = family.noise_process(section.model, section.process())
     bf16 = section.mixed_precision == "bf16"
     regularising = frozenset(dataset.id for dataset in section.datasets if dataset.is_regularisation_data)
     return Job(
         section=section,
         denoiser=prepare_denoiser(section, family, device),
-        objective=Objective(family, process, batches.null, section.seed, bf16, regularising),
+        objective=Objective(family, process, batches.null, section.seed, bf16, section.noise, regularising),
         batches=batches,
         epochs=batches.epochs,
         total_steps=_total_steps(section, batches.batches_per_epoch),
@@ -165,6 +165,10 @@ def _params(section: TrainSection) -> dict[str, str]:
     """What the tracked run shows of the settings, LoRA and base included."""
     values = section.model_dump(mode="json", include=set(_TRACKED_PARAMS))
     values |= {"model_family": section.model.family, "base_model": section.model.path}
+    for group in _TRACKED_GROUPS:
+        chosen = getattr(section, group)
+        if chosen is not None and chosen != TrainSection.model_fields[group].default:
+            values |= {f"{group}_{name}": value for name, value in chosen.model_dump(mode="json").items()}
     if section.lora is not None:
         values |= {f"lora_{name}": value for name, value in section.lora.model_dump(mode="json").items()}
     return {name: str(value) for name, value in values.items()}

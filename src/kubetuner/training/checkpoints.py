@@ -1,15 +1,16 @@
 """Checkpoints that are either complete or not there.
 
-``<root>/<key>/checkpoint-<step>/`` holds the trained weights, the optimizer's state and the losses so far. It is
-written under a temporary name; ``manifest.json`` with every file's checksum comes last, then the folder gets its name.
-A folder without a manifest, or whose files differ from it (a full disk, a storage without atomic renames), is skipped.
+``<root>/<key>/checkpoint-<step>/`` holds the trained weights, their averages, the optimizer's state and the losses so
+far. It is written under a temporary name; ``manifest.json`` with every file's checksum comes last, then the folder gets
+its name. A folder without a manifest, or whose files differ from it (a full disk, a storage without atomic renames), is
+skipped.
 """
 
 import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from kubetuner.errors import TrainingError
 logger = logging.getLogger(__name__)
 
 LOSSES = "losses.jsonl"
-_WEIGHTS, _OPTIMIZER, _MANIFEST = "weights.safetensors", "optimizer.pt", "manifest.json"
+_WEIGHTS, _AVERAGES = "weights.safetensors", "averages.safetensors"
+_OPTIMIZER, _MANIFEST = "optimizer.pt", "manifest.json"
 
 
 class LossPoint(Record):
@@ -51,12 +53,14 @@ class Snapshot:
         weights: The trained parameters by name.
         optimizer: The optimizer's ``state_dict``.
         points: What was logged so far.
+        averages: The averaged parameters by name; empty without averaging.
     """
 
     step: int
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]
     points: tuple[LossPoint, ...]
+    averages: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -64,6 +68,7 @@ class Checkpoints:
 
     def __init__(self, root: Path, key: str, limit: int) -> None:
         self._folder, self._limit = root / key, limit
+        self.beside = root / f"{key}-nonfinite"  # Outlives the checkpoints: see kubetuner.training.nonfinite.
 
     def save(self, snapshot: Snapshot) -> Path:
         """Write a checkpoint, then delete the oldest ones above the limit (0 keeps all)."""
@@ -71,9 +76,8 @@ class Checkpoints:
         temporary = self._folder / f".checkpoint-{snapshot.step}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in snapshot.weights.items()}, temporary / _WEIGHTS
-        )
+        for file, weights in ((_WEIGHTS, snapshot.weights), (_AVERAGES, snapshot.averages)):
+            save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, temporary / file)
         torch.save(dict(snapshot.optimizer), temporary / _OPTIMIZER)
         write_rows(temporary, LOSSES, snapshot.points)
         for path in temporary.iterdir():
@@ -131,13 +135,13 @@ def _read(folder: Path) -> Snapshot | None:
         for entry in manifest.files:
             if sha256_of(folder / entry.path) != entry.sha256:
                 raise ValueError(f"{entry.path} does not match its checksum")
-        weights = load_file(folder / _WEIGHTS)
+        weights, averages = load_file(folder / _WEIGHTS), load_file(folder / _AVERAGES)
         optimizer = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
         points = tuple(read_rows(folder, LOSSES, LossPoint))
     except (OSError, ValidationError, ValueError) as error:
         logger.warning("Checkpoint %s is damaged or incomplete and is skipped: %s", folder, error)
         return None
-    return Snapshot(manifest.step, weights, optimizer, points)
+    return Snapshot(manifest.step, weights, optimizer, points, averages)
 
 
 def _flush(path: Path) -> None:

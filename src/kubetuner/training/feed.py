@@ -35,6 +35,12 @@ class Feed:
             self._waiting.append(self._worker.submit(self._prepare_pinned, *position))
         return self._waiting.popleft().result().on(self._device)
 
+    def again(self, step: int, micro: int) -> Question:
+        """A question that was asked before, on the CPU; made in turn with the others, whose source is one thread's."""
+        if self._worker is None:
+            return self._prepare(step, micro)
+        return self._worker.submit(self._prepare, step, micro).result()
+
     def __enter__(self) -> Self:
         return self
 

@@ -1,9 +1,9 @@
 """The training loop.
 
 One optimizer step is: for each micro-step draw a batch, noise it, ask the denoiser, score the answer, go backwards;
-then clip, set the learning rate, and step. Batches, noise and dropout depend on the seed and the step's number only
-(:mod:`kubetuner.training.randomness`), so weights, the optimizer's state and that number are all that a checkpoint
-needs, and a resumed run has the losses of an uninterrupted one bit for bit.
+then clip, set the learning rate, step, and let the averages follow. Batches, noise and dropout depend on the seed and
+the step's number only (:mod:`kubetuner.training.randomness`), so weights, averages, the optimizer's state and that
+number are all that a checkpoint needs, and a resumed run has the losses of an uninterrupted one bit for bit.
 """
 
 import logging
@@ -17,14 +17,17 @@ from torch.optim import Optimizer
 from kubetuner.config.sections import TrainSection
 from kubetuner.errors import TrainingError
 from kubetuner.progress import Progress
+from kubetuner.training.averages import Averages
 from kubetuner.training.checkpoints import Checkpoints, LossPoint, Snapshot
 from kubetuner.training.feed import Feed
 from kubetuner.training.interruption import StopRequest, TerminatedError
-from kubetuner.training.meter import Log, Meter, TakenStep
+from kubetuner.training.meter import Log, Meter
+from kubetuner.training.nonfinite import Guard
 from kubetuner.training.objective import BatchSource, Objective, Question
 from kubetuner.training.optimizers import clip_gradients, make_optimizer, set_learning_rate
 from kubetuner.training.randomness import seed_dropout
 from kubetuner.training.schedules import learning_rate
+from kubetuner.training.taken import TakenStep
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +68,15 @@ class Outcome:
 
 
 def train_denoiser(job: Job, checkpoints: Checkpoints, log: Log) -> Outcome:
-    """Train ``job.denoiser`` in place, from the latest checkpoint if there is one.
+    """Train ``job.denoiser`` in place, from the latest checkpoint if there is one; it ends with the averages, if any.
 
     Raises:
         TrainingError: The loss or gradient is not finite, or a named checkpoint cannot be used.
         TerminatedError: SIGTERM arrived; a checkpoint was saved.
     """
-    section, parameters = job.section, list(job.trained().values())
-    optimizer = make_optimizer(section, parameters)
-    start, points = _resume(job, optimizer, checkpoints)
+    section, learner = job.section, _learner(job)
+    parameters = list(learner.parameters.values())
+    start, points = _resume(job, learner, checkpoints)
     steps = range(start, job.total_steps)
     job.denoiser.train()
     with (
@@ -81,21 +84,60 @@ def train_denoiser(job: Job, checkpoints: Checkpoints, log: Log) -> Outcome:
         Progress("train", job.total_steps, "steps", initial=start) as progress,
         Feed(job.question, steps, section.gradient_accumulation_steps, job.device) as feed,
     ):
-        meter = Meter(section, log, progress, points)
+        guard = Guard(section, checkpoints.beside, feed.again)
+        meter = Meter(section, guard, log, progress, points)
         for step in steps:
-            meter.add(_take_step(job, optimizer, parameters, feed, step))
+            taken = _run_backwards(job, parameters, feed, step)
+            if guard.skips(taken):
+                progress.advance(note="skipped")
+            else:
+                learner.update(taken)
+                meter.add(taken)
+            learner.optimizer.zero_grad()
             if stop.received or _checkpoint_due(job, step + 1):
                 meter.finish()
-                checkpoints.save(Snapshot(step + 1, job.trained(), optimizer.state_dict(), tuple(meter.points)))
+                checkpoints.save(learner.snapshot(step + 1, tuple(meter.points)))
             if stop.received and step + 1 < job.total_steps:
                 raise TerminatedError(
                     f"stopped by SIGTERM after step {step + 1} of {job.total_steps}; "
                     "a checkpoint was saved: run again to resume"
                 )
+    if not meter.points:
+        raise TrainingError(f"none of the {job.total_steps} steps had a finite loss; see {checkpoints.beside}")
+    if learner.averages is not None:
+        learner.averages.export()
     return Outcome(job.total_steps, tuple(meter.points))
 
 
-def _take_step(job: Job, optimizer: Optimizer, parameters: list[nn.Parameter], feed: Feed, step: int) -> TakenStep:
+@dataclass(frozen=True)
+class _Learner:
+    """What a step changes: the parameters, the optimizer's state, and the averages if there are any."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: Optimizer
+    averages: Averages | None
+
+    def update(self, taken: TakenStep) -> None:
+        """Step along the clipped gradient."""
+        set_learning_rate(self.optimizer, taken.learning_rate)
+        self.optimizer.step()
+        if self.averages is not None:
+            self.averages.update(taken.number)
+
+    def snapshot(self, taken: int, points: tuple[LossPoint, ...]) -> Snapshot:
+        """The state after ``taken`` steps."""
+        averages = {} if self.averages is None else self.averages.weights
+        return Snapshot(taken, self.parameters, self.optimizer.state_dict(), points, averages)
+
+
+def _learner(job: Job) -> _Learner:
+    parameters = job.trained()
+    averages = None if job.section.ema is None else Averages(job.section.ema, parameters)
+    return _Learner(parameters, make_optimizer(job.section, list(parameters.values())), averages)
+
+
+def _run_backwards(job: Job, parameters: list[nn.Parameter], feed: Feed, step: int) -> TakenStep:
+    """Gradients of one optimizer step, clipped."""
     section, micro_steps = job.section, job.section.gradient_accumulation_steps
     samples: list[str] = []
     regularising: list[bool] = []
@@ -110,9 +152,6 @@ def _take_step(job: Job, optimizer: Optimizer, parameters: list[nn.Parameter], f
         losses.append(loss.detach())
     size = clip_gradients(section, parameters)
     rate = learning_rate(section, step, job.total_steps)
-    set_learning_rate(optimizer, rate)
-    optimizer.step()
-    optimizer.zero_grad()
     epoch = job.epochs((step + 1) * micro_steps)
     return TakenStep(step + 1, rate, epoch, tuple(samples), torch.cat(losses), size, tuple(regularising))
 
@@ -122,17 +161,18 @@ def _checkpoint_due(job: Job, taken: int) -> bool:
     return taken == job.total_steps or (interval > 0 and taken % interval == 0)
 
 
-def _resume(job: Job, optimizer: Optimizer, checkpoints: Checkpoints) -> tuple[int, tuple[LossPoint, ...]]:
+def _resume(job: Job, learner: _Learner, checkpoints: Checkpoints) -> tuple[int, tuple[LossPoint, ...]]:
     """Load the checkpoint that the section asks for; returns the steps taken and what they logged."""
     snapshot = checkpoints.load(job.section.resume_from_checkpoint)
     if snapshot is None:
         return 0, ()
-    parameters = job.trained()
-    if parameters.keys() != snapshot.weights.keys():
+    if learner.parameters.keys() != snapshot.weights.keys():
         raise TrainingError("the checkpoint holds other parameters than this run trains; delete it to start afresh")
     with torch.no_grad():
-        for name, parameter in parameters.items():
+        for name, parameter in learner.parameters.items():
             parameter.copy_(snapshot.weights[name])
-    optimizer.load_state_dict(dict(snapshot.optimizer))
+    learner.optimizer.load_state_dict(dict(snapshot.optimizer))
+    if learner.averages is not None:
+        learner.averages.load(snapshot.averages)
     logger.info("Resuming after step %d of %d", snapshot.step, job.total_steps)
     return snapshot.step, snapshot.points

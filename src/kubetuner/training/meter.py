@@ -4,40 +4,18 @@ Reading a number from a GPU waits until the GPU has computed it. So a step's num
 already queued: every step is checked and logged, one step late, and the GPU never runs dry.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from kubetuner.config.sections import TrainSection
-from kubetuner.errors import TrainingError
 from kubetuner.progress import Progress
+from kubetuner.training.averages import decay_after
 from kubetuner.training.checkpoints import LossPoint
+from kubetuner.training.nonfinite import Guard
+from kubetuner.training.taken import TakenStep
 
 Log = Callable[[Mapping[str, float], int], None]
-
-
-@dataclass(frozen=True)
-class TakenStep:
-    """What one optimizer step leaves behind.
-
-    Attributes:
-        number: 1 for the first step.
-        samples: Names, in the order of ``losses``.
-        losses: Loss per sample over all micro-steps.
-        regularising: Per sample, whether its target was the base model's prediction.
-        gradient: Size of the gradient before clipping.
-    """
-
-    number: int
-    learning_rate: float
-    epoch: float
-    samples: tuple[str, ...]
-    losses: Tensor
-    gradient: Tensor
-    regularising: tuple[bool, ...]
 
 
 class _Reading:
@@ -62,10 +40,12 @@ class _Reading:
 class Meter:
     """Checks and logs taken steps."""
 
-    def __init__(self, section: TrainSection, log: Log, progress: Progress, points: Sequence[LossPoint]) -> None:
+    def __init__(
+        self, section: TrainSection, guard: Guard, log: Log, progress: Progress, points: Sequence[LossPoint]
+    ) -> None:
         self._interval = max(1, section.log_step_interval)
         self._gradient_name = "grad_norm" if section.grad_clip_method == "norm" else "grad_absmax"
-        self._log, self._progress = log, progress
+        self._guard, self._ema, self._log, self._progress = guard, section.ema, log, progress
         self.points = list(points)
         self._pending: _Reading | None = None
 
@@ -89,29 +69,15 @@ class Meter:
             return
         reading, self._pending = self._pending, None
         taken, (*losses, gradient) = reading.taken, reading.numbers()
-        _require_finite(taken, losses, gradient)
+        self._guard.require_finite(taken, losses, gradient)
         loss = sum(losses) / len(losses)
         self._progress.advance(note=f"loss {loss:.4f}, lr {taken.learning_rate:.2e}")
         if taken.number % self._interval == 0 or not self.points:
             self.points.append(LossPoint(step=taken.number, loss=loss, lr=taken.learning_rate))
             values = {"train_loss": loss, "learning_rate": taken.learning_rate, "epoch": taken.epoch}
+            if self._ema is not None:
+                values["ema_decay_value"] = decay_after(self._ema, taken.number)
             parents = [loss for loss, regularising in zip(losses, taken.regularising, strict=True) if regularising]
             if parents:
                 values["regularisation_loss"] = sum(parents) / len(parents)
             self._log({**values, self._gradient_name: gradient}, taken.number)
-
-
-def _require_finite(taken: TakenStep, losses: list[float], gradient: float) -> None:
-    bad = [name for name, loss in zip(taken.samples, losses, strict=True) if not math.isfinite(loss)]
-    if bad:
-        raise TrainingError(
-            f"the loss of step {taken.number} is not finite for {', '.join(bad[:10])}"
-            f"{f' and {len(bad) - 10} more' if len(bad) > 10 else ''}: look at these samples, "
-            f"or lower learning_rate (now {taken.learning_rate:.2e}) if the loss grew before"
-        )
-    if not math.isfinite(gradient):
-        raise TrainingError(
-            f"the gradient of step {taken.number} is not finite (its loss is); "
-            f"samples: {', '.join(taken.samples[:10])}; "
-            f"lower learning_rate (now {taken.learning_rate:.2e}) or max_grad_norm"
-        )

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kubetuner.artifacts import LatentRow
+from kubetuner.config.objective import NoiseSettings
 from kubetuner.diffusion.process import NoiseProcess, NoisySample
 from kubetuner.families.base import Family, Named
 from kubetuner.families.lora import without_adapter
+from kubetuner.training.noise import draw_noise
 from kubetuner.training.randomness import generator
 
 
@@ -58,13 +60,18 @@ class Question:
 
     def on(self, device: torch.device) -> "Question":
         """The same on ``device``; from pinned memory without waiting for the copy."""
-        noisy = NoisySample(*(_to(tensor, device) for tensor in _tensors(self.noisy)))
+        noisy = NoisySample(*(_to(tensor, device) for tensor in self.noisy.tensors()))
         conditioning = {name: _to(tensor, device) for name, tensor in self.conditioning.items()}
         return replace(self, noisy=noisy, conditioning=conditioning)
 
+    def named(self) -> Named:
+        """All tensors by name."""
+        noisy = {field.name: getattr(self.noisy, field.name) for field in fields(self.noisy)}
+        return noisy | {f"conditioning.{name}": tensor for name, tensor in self.conditioning.items()}
+
     def pinned(self) -> "Question":
         """The same in page-locked memory."""
-        noisy = NoisySample(*(tensor.pin_memory() for tensor in _tensors(self.noisy)))
+        noisy = NoisySample(*(tensor.pin_memory() for tensor in self.noisy.tensors()))
         conditioning = {name: tensor.pin_memory() for name, tensor in self.conditioning.items()}
         return replace(self, noisy=noisy, conditioning=conditioning)
 
@@ -76,6 +83,7 @@ class Objective:
     Attributes:
         null: Embedding of the empty text.
         seed: Seed of noise and noise levels.
+        noise: Changes to the noise.
         regularising: Ids of the datasets whose target is the base model's own prediction.
     """
 
@@ -84,17 +92,21 @@ class Objective:
     null: Named
     seed: int
     mixed_precision: bool
+    noise: NoiseSettings = NoiseSettings()
     regularising: frozenset[str] = frozenset()
 
     def question(self, batch: Batch, step: int, micro: int) -> Question:
         """Draw noise and levels for ``batch`` and noise it, on the CPU."""
         latents = batch.latents.float()
-        noise = torch.randn(latents.shape, generator=generator(self.seed, "noise", step, micro))
-        levels = self.process.draw_levels(len(latents), generator(self.seed, "levels", step, micro))
+        noise = draw_noise(self.noise, latents.shape, self.seed, step, micro)
+        levels = self.process.draw_levels(latents.shape, generator(self.seed, "levels", step, micro))
+        noisy = self.process.add_noise(latents, noise.target, levels)
+        if noise.input is not noise.target:
+            noisy = replace(noisy, noisy_latents=self.process.add_noise(latents, noise.input, levels).noisy_latents)
         conditioning = self.family.collate(batch.texts, self.null, batch.rows)
         names = tuple(row.sample for row in batch.rows)
         regularising = batch.rows[0].dataset in self.regularising
-        return Question(names, self.process.add_noise(latents, noise, levels), conditioning, regularising)
+        return Question(names, noisy, conditioning, regularising)
 
     def answer(self, denoiser: nn.Module, question: Question) -> Tensor:
         """The denoiser's prediction, float32."""
@@ -113,10 +125,6 @@ class Objective:
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
         return torch.autocast(device.type, torch.bfloat16) if self.mixed_precision else nullcontext()
-
-
-def _tensors(noisy: NoisySample) -> tuple[Tensor, Tensor, Tensor]:
-    return noisy.noisy_latents, noisy.timesteps, noisy.target
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:

@@ -200,18 +200,15 @@ def test_accepted_keys(key, value, read, monkeypatch) -> None:
         ("caption_dropout_probability", 1.5, "at most 1"),
         ("use_bitfit", 1, "expected 'none' or 'bitfit'"),
         ("use_bitfit", "False", "expected 'none' or 'bitfit'"),
-        ("use_ema", True, "not available yet"),
-        ("use_ema", "False", "not available yet"),
+        ("use_ema", "False", "expected true or false"),
         ("base_model_precision", "int8-quanto", "model_type full trains and saves the very weights"),
         ("base_model_precision", "int4-quanto", "not available yet"),
         ("base_model_precision", "fp8-quanto", "SimpleTuner refuses it"),
         ("text_encoder_1_precision", "int8-quanto", "not available yet"),
-        ("optimizer", "optimi-lion", "not available yet"),
         ("optimizer", "adamw_bf16", "not available yet"),
-        ("optimizer", "nonsense", "expected 'torch-adamw' or 'adamw'"),
+        ("optimizer", "nonsense", "expected 'torch-adamw' or 'torch-adafactor'"),
         ("use_dora", True, "no effect with model_type full"),
-        ("snr_gamma", 5, "not available yet"),
-        ("offset_noise", True, "not available yet"),
+        ("noise_offset", 0.2, "needs offset_noise"),
         ("validation_preview", True, "not available yet"),
         ("attention_mechanism", "sageattention", "no backward pass"),
         ("attention_mechanism", "flex", "not available yet"),
@@ -295,11 +292,11 @@ def test_all_problems_at_once() -> None:
     data = camera("pixart")
     data[0] |= {"crop": "False", "resolution": 1024}
     data.append({"id": "text-embeds", "dataset_type": "aws_thing"})
-    found = problems_of({"model_type": "fulll", "use_ema": True, "lerning_rate": 1}, data)
+    found = problems_of({"model_type": "fulll", "validation_preview": True, "lerning_rate": 1}, data)
     assert set(found) == {
         "config.json.model_type",
         "config.json.model_family",
-        "config.json.use_ema",
+        "config.json.validation_preview",
         "config.json.lerning_rate",
         "multidatabackend.json[0].crop",
         "multidatabackend.json[0].resolution",

@@ -6,13 +6,13 @@ ABAR = torch.linspace(0.999, 0.005, 1000)
 
 
 def test_segmented_levels_take_one_timestep_from_each_segment() -> None:
-    levels = EpsilonProcess(ABAR).draw_levels(8, torch.Generator().manual_seed(0))
+    levels = EpsilonProcess(ABAR).draw_levels((8, 4, 8, 8), torch.Generator().manual_seed(0))
     assert levels.dtype == torch.int64
     assert (levels // 125).tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
 
 
 def test_plain_levels_cover_the_whole_range_evenly() -> None:
-    levels = EpsilonProcess(ABAR, segmented=False).draw_levels(20_000, torch.Generator().manual_seed(0))
+    levels = EpsilonProcess(ABAR, segmented=False).draw_levels((20_000, 4, 8, 8), torch.Generator().manual_seed(0))
     assert levels.min() == 0
     assert levels.max() == 999
     assert abs(levels.double().mean() - 499.5) < 8
@@ -20,12 +20,12 @@ def test_plain_levels_cover_the_whole_range_evenly() -> None:
 
 def test_levels_are_the_generators() -> None:
     process = EpsilonProcess(ABAR)
-    first, again = (process.draw_levels(4, torch.Generator().manual_seed(7)) for _ in range(2))
+    first, again = (process.draw_levels((4, 4, 8, 8), torch.Generator().manual_seed(7)) for _ in range(2))
     assert torch.equal(first, again)
 
 
 def test_more_samples_than_timesteps() -> None:
-    levels = EpsilonProcess(ABAR[:3]).draw_levels(9, torch.Generator().manual_seed(0))
+    levels = EpsilonProcess(ABAR[:3]).draw_levels((9, 4, 8, 8), torch.Generator().manual_seed(0))
     assert levels.tolist() == [2, 2, 2, 1, 1, 1, 0, 0, 0]
 
 

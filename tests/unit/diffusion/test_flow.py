@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
 
-from kubetuner.diffusion.flow import FlowProcess
+from kubetuner.config.objective import FlowSchedule
+from kubetuner.diffusion.flow import AutoShift, FlowProcess
 
 
 def test_noise_and_target() -> None:
@@ -16,7 +19,9 @@ def test_noise_and_target() -> None:
 @pytest.mark.parametrize(("shift", "median"), [(1.0, 0.5), (3.0, 0.75), (0.0, 0.5)])
 @pytest.mark.parametrize("density", ["logit_normal", "uniform"])
 def test_shift_moves_the_median(density: str, shift: float, median: float) -> None:
-    levels = FlowProcess(density, shift=shift).draw_levels(20_001, torch.Generator().manual_seed(0))
+    levels = FlowProcess(FlowSchedule(density=density, shift=shift)).draw_levels(
+        (20_001, 4, 8, 8), torch.Generator().manual_seed(0)
+    )
     assert levels.min() >= 0
     assert levels.max() <= 1
     assert abs(levels.median() - median) < 0.01
@@ -24,11 +29,35 @@ def test_shift_moves_the_median(density: str, shift: float, median: float) -> No
 
 def test_sigmoid_scale_narrows_the_density() -> None:
     def spread(scale: float) -> float:
-        levels = FlowProcess(sigmoid_scale=scale, shift=1.0).draw_levels(5000, torch.Generator().manual_seed(0))
+        levels = FlowProcess(FlowSchedule(sigmoid_scale=scale, shift=1.0)).draw_levels(
+            (5000, 4, 8, 8), torch.Generator().manual_seed(0)
+        )
         return float(levels.std())
 
     assert spread(0.1) < spread(1.0) / 4
 
 
 def test_eval_levels_are_bin_middles_and_not_shifted() -> None:
-    assert FlowProcess(shift=3.0).eval_levels(4).tolist() == [0.125, 0.375, 0.625, 0.875]
+    assert FlowProcess().eval_levels(4).tolist() == [0.125, 0.375, 0.625, 0.875]
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(2.0, 2.0), (3.0, 1.0)])
+def test_the_beta_density_has_its_moments(alpha: float, beta: float) -> None:
+    schedule = FlowSchedule(density="beta", beta_alpha=alpha, beta_beta=beta, shift=0.0)
+    levels = FlowProcess(schedule).draw_levels((50_000, 4, 8, 8), torch.Generator().manual_seed(0)).double()
+    again = FlowProcess(schedule).draw_levels((50_000, 4, 8, 8), torch.Generator().manual_seed(0)).double()
+    assert torch.equal(levels, again)
+    assert levels.mean().item() == pytest.approx(alpha / (alpha + beta), abs=5e-3)
+    variance = alpha * beta / ((alpha + beta) ** 2 * (alpha + beta + 1))
+    assert levels.var().item() == pytest.approx(variance, rel=0.03)
+
+
+def test_an_auto_shift_follows_the_tokens() -> None:
+    assert AutoShift().shift(16, 16) == pytest.approx(math.exp(0.5))
+    assert AutoShift().shift(64, 64) == pytest.approx(math.exp(1.15))
+    assert AutoShift(patch=2).shift(32, 32) == pytest.approx(math.exp(0.5))
+    schedule = FlowSchedule(density="uniform", auto_shift=True)
+    process = FlowProcess(schedule, AutoShift())
+    median = process.draw_levels((20_001, 32, 64, 64), torch.Generator().manual_seed(0)).median()
+    shift = math.exp(1.15)  # not schedule.shift
+    assert median.item() == pytest.approx(shift / (1 + shift), abs=0.01)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from kubetuner.config.sections import FlowSchedule, ModelRef
+from kubetuner.config.objective import ProcessSettings
+from kubetuner.config.sections import ModelRef
 from kubetuner.evaluation.eval_loss import BANDS, Measurement, band_of, evaluation_loss, noise_seed
 from kubetuner.evaluation.held_out import HeldOut
 from kubetuner.families import load_family
@@ -15,7 +16,7 @@ FAMILY = load_family("pixart_sigma")
 
 @pytest.fixture
 def measurement(base: ModelRef) -> Measurement:
-    return Measurement(FAMILY, FAMILY.noise_process(base, FlowSchedule(), segmented=False), 6, bf16=False)
+    return Measurement(FAMILY, FAMILY.noise_process(base, ProcessSettings()), 6, bf16=False)
 
 
 @pytest.fixture

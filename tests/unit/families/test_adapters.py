@@ -9,7 +9,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.sections import FlowSchedule, LoraSettings, ModelRef
+from kubetuner.config.adapter_sections import LoraSettings
+from kubetuner.config.objective import ProcessSettings
+from kubetuner.config.sections import ModelRef
 from kubetuner.errors import ArtifactError, InputError
 from kubetuner.families import Family, load_family
 
@@ -188,7 +190,7 @@ def _predict(family: Family, denoiser: nn.Module, ref: ModelRef, rows: list[Late
     if family.facts.name == "sdxl":
         shapes = {"embeds": (77, 32), "pooled": (16,)}
     text = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
-    process = family.noise_process(ref, FlowSchedule(), segmented=True)
+    process = family.noise_process(ref, ProcessSettings())
     latents = torch.randn(2, 4, 8, 8, generator=generator)
     sample = process.add_noise(latents, torch.ones_like(latents), process.eval_levels(2))
     conditioning = family.collate([text, None], text, rows[:2])

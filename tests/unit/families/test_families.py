@@ -11,7 +11,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.sections import CacheTextSection, EvaluateSection, FlowSchedule, LoraSettings, ModelRef
+from kubetuner.config.adapter_sections import LoraSettings
+from kubetuner.config.objective import ProcessSettings
+from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRef
 from kubetuner.errors import ArtifactError, InputError
 from kubetuner.families import Family, load_family
 
@@ -39,7 +41,7 @@ def _inputs(family: Family, ref: ModelRef, rows: list[LatentRow]) -> tuple[Tenso
     *texts, null = family.encode_texts(family.load_text_encoders(ref, cpu), [*TEXTS, ""], _section(ref))
     shape = family.latent_shape(family.load_vae(ref, cpu), 64, 32)
     latents = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
-    process = family.noise_process(ref, FlowSchedule(), segmented=True)
+    process = family.noise_process(ref, ProcessSettings())
     sample = process.add_noise(latents, torch.ones_like(latents), process.eval_levels(3))
     return sample.noisy_latents, sample.timesteps, family.collate([*texts[:2], None], null, rows)
 
@@ -281,7 +283,7 @@ def test_only_needed_subfolders_are_read(
         shutil.copytree(Path(ref.path) / part, tmp_path / part)
     alone = ref.model_copy(update={"path": str(tmp_path)})
     family.load_denoiser(alone, cpu, torch.float32)
-    family.noise_process(alone, FlowSchedule(), segmented=False)
+    family.noise_process(alone, ProcessSettings())
     with pytest.raises(InputError, match="cannot load vae of"):
         family.load_vae(alone, cpu)
     with pytest.raises(InputError, match="cannot load tokenizer of"):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.sections import CacheTextSection, FlowSchedule, ModelRef
+from kubetuner.config.objective import ProcessSettings
+from kubetuner.config.sections import CacheTextSection, ModelRef
 from kubetuner.errors import InputError
 from kubetuner.families.pixart_sigma import PixArtSigma, prepare
 
@@ -66,11 +67,11 @@ def test_sizes_reach_models_that_read_them(
 def test_a_scheduler_of_another_kind_is_refused(refs: dict[str, ModelRef], tmp_path: Path) -> None:
     shutil.copytree(Path(refs["sana"].path) / "scheduler", tmp_path / "scheduler")
     with pytest.raises(InputError, match="flow_prediction"):
-        FAMILY.noise_process(ModelRef(family="pixart_sigma", path=str(tmp_path)), FlowSchedule(), segmented=True)
+        FAMILY.noise_process(ModelRef(family="pixart_sigma", path=str(tmp_path)), ProcessSettings())
 
 
 def test_noise_process_has_the_bases_betas(refs: dict[str, ModelRef]) -> None:
-    process = FAMILY.noise_process(refs["pixart_sigma"], FlowSchedule(), segmented=False)
+    process = FAMILY.noise_process(refs["pixart_sigma"], ProcessSettings(segmented=False))
     betas = torch.linspace(1e-4, 0.02, 1000)
     torch.testing.assert_close(process.alphas_cumprod, (1 - betas).cumprod(0))
     assert not process.segmented

@@ -2,6 +2,7 @@ import pytest
 import torch
 from diffusers import SanaPipeline
 
+from kubetuner.config.objective import ProcessSettings
 from kubetuner.config.sections import CacheTextSection, FlowSchedule, ModelRef
 from kubetuner.families.sana import Sana
 
@@ -34,5 +35,6 @@ def test_instruction_lends_context_as_in_the_stock_pipeline(
 
 def test_flow_settings_are_used(refs: dict[str, ModelRef]) -> None:
     flow = FlowSchedule(density="uniform", sigmoid_scale=2.0, shift=1.5)
-    process = FAMILY.noise_process(refs["sana"], flow, segmented=True)
-    assert (process.density, process.sigmoid_scale, process.shift) == ("uniform", 2.0, 1.5)
+    process = FAMILY.noise_process(refs["sana"], ProcessSettings(flow=flow))
+    assert process.schedule == flow
+    assert process.auto is None

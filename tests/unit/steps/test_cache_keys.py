@@ -242,7 +242,7 @@ def test_training_on_moments_resumes_exactly(place: Workplace) -> None:
     def job() -> Job:
         denoiser = load_family("sdxl").load_denoiser(section.model, CPU, torch.float32)
         batches = Batches(section, *caches, ("embeds", "pooled"))
-        process = load_family("sdxl").noise_process(section.model, section.flow, segmented=True)
+        process = load_family("sdxl").noise_process(section.model, section.process())
         objective = Objective(load_family("sdxl"), process, batches.null, section.seed, mixed_precision=False)
         return Job(section, denoiser, objective, batches, batches.epochs, 4, CPU)
 

@@ -46,6 +46,29 @@ def test_counts_and_revisions(tmp_path) -> None:
     assert make_plan(CONFIG, data, cwd=tmp_path).sections.download.datasets[0].revision != source.revision
 
 
+@pytest.mark.parametrize(
+    ("config", "bytes_each"),
+    [
+        ({}, 16),
+        ({"optimizer": "optimi-lion"}, 12),
+        ({"use_ema": True}, 16),
+        ({"use_ema": True, "ema_device": "accelerator"}, 20),
+    ],
+)
+def test_memory_follows_the_optimizer_and_the_averages(tmp_path, config, bytes_each) -> None:
+    pictures(tmp_path / "a", *[(128, 128)] * 2)
+    plan = make_plan({**CONFIG, **config}, [entry()], cwd=tmp_path)
+    assert plan.summary["training_memory_bytes"] == 910_000_000 * bytes_each
+
+
+def test_a_changed_scheduler_survives_the_plan_where_it_is_read(tmp_path) -> None:
+    pictures(tmp_path / "a", *[(128, 128)] * 2)
+    sections = make_plan({**CONFIG, "prediction_type": "v_prediction"}, [entry()], cwd=tmp_path).sections
+    read = (sections.train, sections.evaluate, sections.push)
+    assert [one.model.scheduler.prediction_type for one in read] == ["v_prediction"] * 3
+    assert sections.cache_vae.model == sections.cache_text_embeds.model != sections.train.model
+
+
 def test_missing_folders_are_all_listed(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     found = refusal(CONFIG, [entry("x"), entry("y"), entry("empty")], tmp_path)

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 from pathlib import Path
@@ -20,15 +21,9 @@ from kubetuner.artifacts import (
     write_artifact,
     write_rows,
 )
-from kubetuner.config.sections import (
-    DatasetSampling,
-    EvaluateSection,
-    LoraSettings,
-    ModelRef,
-    Prompt,
-    PushSection,
-    TrainSection,
-)
+from kubetuner.config.adapter_sections import LoraSettings
+from kubetuner.config.objective import EmaSettings, SchedulerChange
+from kubetuner.config.sections import DatasetSampling, EvaluateSection, ModelRef, Prompt, PushSection, TrainSection
 from kubetuner.errors import ArtifactError, InputError
 from kubetuner.families import load_family
 from kubetuner.steps.evaluate import evaluate
@@ -53,6 +48,7 @@ KINDS = {
     "lokr": LoraSettings(algorithm="lokr", rank=10000, alpha=10000.0, factor=4, target_classes=("Attention",)),
     "loha": LoraSettings(algorithm="loha", rank=2, alpha=1.0, target_classes=("Attention",)),
 }
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(autouse=True)
@@ -231,6 +227,26 @@ def test_the_same_run_gives_the_same_bytes_wherever_it_was_interrupted(tmp_path:
     again = train(section, *caches, tmp_path / "parts")
 
     assert again == whole
+
+
+def test_averages_and_a_changed_scheduler_are_in_the_exported_pipeline(tmp_path: Path) -> None:
+    plain = _section(tmp_path, "sdxl", mixed_precision="no")
+    change = SchedulerChange(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    section = plain.model_copy(update={"model": plain.model.model_copy(update={"scheduler": change})})
+    averaged = section.model_copy(update={"ema": EmaSettings(decay=0.9)})
+    caches = _caches(tmp_path, "sdxl")
+
+    raw = train(section, *caches, tmp_path / "raw")
+    artifact = train(averaged, *caches, tmp_path / "averaged")
+
+    assert (artifact.first_loss, artifact.last_loss) == (raw.first_loss, raw.last_loss)
+    assert raw.last_loss != train(plain, *caches, tmp_path / "plain").last_loss
+    weights = [load_file(tmp_path / name / WEIGHTS) for name in ("base", "raw/pipeline", "averaged/pipeline")]
+    moved = sum(float((raw - base).norm()) for base, raw in zip(*(w.values() for w in weights[:2]), strict=True))
+    lag = sum(float((raw - mean).norm()) for raw, mean in zip(*(w.values() for w in weights[1:]), strict=True))
+    assert 0 < lag < moved
+    saved = json.loads((tmp_path / "averaged/pipeline/scheduler/scheduler_config.json").read_text())
+    assert saved.items() >= change.settings().items()
 
 
 def test_settings_and_inputs_decide_the_fingerprint(tmp_path: Path) -> None:

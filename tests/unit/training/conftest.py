@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.sections import DatasetSampling, FlowSchedule, LoraSettings, ModelRef, TrainSection
+from kubetuner.config.adapter_sections import LoraSettings
+from kubetuner.config.sections import DatasetSampling, ModelRef, TrainSection
 from kubetuner.families import load_family
 from kubetuner.families.base import Named
 from kubetuner.training.denoiser import prepare_denoiser
@@ -20,6 +21,9 @@ TEXT = {
     "sana": {"embeds": (5, 16)},
     "sdxl": {"embeds": (77, 32), "pooled": (16,)},
 }
+
+
+ALL = -2
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class RandomBatches:
         self.act(step)
         generator = torch.Generator().manual_seed(1000 * step + micro)
         latents = torch.randn(2, 4, 8, 8, generator=generator)
-        if step == self.broken_step:
+        if step == self.broken_step or self.broken_step == ALL:
             latents[1] = float("nan")
         texts = {name: torch.randn(shape, generator=generator) for name, shape in TEXT[self.family].items()}
         return RandomBatch([_row("first.png"), _row("second.png")], latents, [texts, None])
@@ -71,8 +75,8 @@ class Setup:
         device = torch.device("cpu")
         denoiser = prepare_denoiser(section, made, device)
         null = {name: torch.zeros(shape) for name, shape in TEXT[family].items()}
-        process = made.noise_process(ref, FlowSchedule(), segmented=True)
-        objective = Objective(made, process, null, section.seed, section.mixed_precision == "bf16")
+        process = made.noise_process(ref, section.process())
+        objective = Objective(made, process, null, section.seed, section.mixed_precision == "bf16", section.noise)
         return Job(section, denoiser, objective, batches, lambda taken: taken / 10, section.max_train_steps, device)
 
 

@@ -1,3 +1,5 @@
+import json
+import logging
 import os
 import signal
 from collections.abc import Mapping
@@ -5,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from kubetuner.config.objective import EmaSettings, FlowSchedule, LossSettings, NoiseSettings, TimestepBias
 from kubetuner.errors import TrainingError
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.interruption import TerminatedError
 from kubetuner.training.loop import Job, train_denoiser
-from tests.unit.training.conftest import RandomBatches, Setup
+from kubetuner.training.randomness import derive_seed
+from tests.unit.training.conftest import ALL, RandomBatches, Setup
 
 FAMILIES = ("pixart_sigma", "sdxl", "sana")
 
@@ -35,6 +40,60 @@ def test_a_resumed_run_has_the_same_losses_and_weights_bit_for_bit(
     assert batches.asked == [(4, 0), (4, 1), (5, 0), (5, 1)]
     for name, weight in whole.trained().items():
         assert torch.equal(weight, resumed.trained()[name]), name
+
+
+LOSS = LossSettings(type="huber", snr_gamma=5.0)
+NOISE = NoiseSettings(offset=0.1, offset_probability=0.5, perturbation=0.1, perturbation_steps=5)
+BIAS = TimestepBias(strategy="later", multiplier=3.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "switches"),
+    [
+        ("pixart_sigma", {"loss": LOSS, "noise": NOISE, "timestep_bias": BIAS}),
+        ("sana", {"flow": FlowSchedule(density="beta", auto_shift=True), "lr_scheduler": "sine"}),
+        ("sana", {"ema": EmaSettings(decay=0.5, update_interval=2), "lr_scheduler": "cosine_with_restarts"}),
+        ("sana", {"ema": EmaSettings(warmup_steps=3, device="accelerator"), "nonfinite_loss": "skip"}),
+        *(("sana", {"optimizer": name}) for name in ("torch-adafactor", "optimi-adamw", "optimi-lion")),
+        ("sana", {"optimizer": "optimi-stableadamw", "max_grad_norm": 0.0}),
+        ("sana", {"optimizer": "prodigy", "learning_rate": 1.0, "optimizer_options": {"d0": 1e-4}}),
+    ],
+    ids=str,
+)
+def test_every_switch_resumes_bit_for_bit(
+    setup: Setup, tmp_path: Path, family: str, switches: dict[str, object]
+) -> None:
+    settings = {"model_type": "lora", "checkpoint_step_interval": 3, **switches}
+    plain = setup.job(family, RandomBatches(family))
+    whole = setup.job(family, RandomBatches(family), **settings)
+    expected = _train(whole, tmp_path / "whole")
+    with pytest.raises(TerminatedError):
+        _train(setup.job(family, RandomBatches(family, act=_terminate_at(3)), **settings), tmp_path / "parts")
+    resumed = setup.job(family, RandomBatches(family), **settings)
+
+    assert _train(resumed, tmp_path / "parts") == {step: expected[step] for step in (5, 6)}
+
+    for name, weight in whole.trained().items():
+        assert torch.equal(weight, resumed.trained()[name]), name
+    _train(plain, tmp_path / "plain")
+    assert any(not torch.equal(weight, whole.trained()[name]) for name, weight in plain.trained().items())
+
+
+def test_averages_are_what_comes_out(setup: Setup, tmp_path: Path) -> None:
+    settings = {"mixed_precision": "no", "max_train_steps": 3, "checkpoint_step_interval": 1}
+    plain = setup.job("sana", RandomBatches("sana"), **settings)
+    _train(plain, tmp_path / "plain")
+    weights = [load_file(tmp_path / f"plain/key/checkpoint-{step}/weights.safetensors") for step in (1, 2, 3)]
+    metrics: list[Mapping[str, float]] = []
+    job = setup.job("sana", RandomBatches("sana"), ema=EmaSettings(decay=0.995), **settings)
+
+    train_denoiser(job, Checkpoints(tmp_path / "ema", "key", 5), lambda values, _step: metrics.append(values))
+
+    # Decay 0, then (1 + 1) / (10 + 1), then (1 + 2) / (10 + 2).
+    assert [values["ema_decay_value"] for values in metrics] == pytest.approx([0.0, 2 / 11, 3 / 12])
+    for name, value in job.trained().items():
+        second = 2 / 11 * weights[0][name] + 9 / 11 * weights[1][name]
+        torch.testing.assert_close(value.detach(), 0.25 * second + 0.75 * weights[2][name])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,13 +130,47 @@ def test_metrics_carry_the_gradient_before_clipping(setup: Setup, tmp_path: Path
     assert metrics[1]["epoch"] == pytest.approx(0.2)
 
 
-def test_a_loss_that_is_not_finite_names_the_sample_and_saves_nothing(setup: Setup, tmp_path: Path) -> None:
-    job = setup.job("sana", RandomBatches("sana", broken_step=2), checkpoint_step_interval=1)
+def test_a_loss_that_is_not_finite_names_the_sample_and_keeps_its_batch(setup: Setup, tmp_path: Path) -> None:
+    settings = {"checkpoint_step_interval": 1, "gradient_accumulation_steps": 2}
+    job = setup.job("sana", RandomBatches("sana", broken_step=2), **settings)
 
-    with pytest.raises(TrainingError, match=r"step 3 is not finite for a/second\.png: "):
+    with pytest.raises(TrainingError, match=r"step 3 is not finite for a/second\.png, a/second\.png: .*step-3"):
         _train(job, tmp_path)
 
     assert sorted(path.name for path in (tmp_path / "key").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    batch = load_file(tmp_path / "key-nonfinite/step-3/batch.safetensors")
+    for micro in range(2):
+        for name, tensor in job.question(2, micro).named().items():
+            assert torch.equal(batch[f"{micro}.{name}"].nan_to_num(7.0), tensor.nan_to_num(7.0)), name
+    position = json.loads((tmp_path / "key-nonfinite/step-3/position.json").read_text())
+    assert position["losses"][1] == "a/second.png: nan"
+    assert position["regularising"] == [False] * 4
+    assert position["seeds"][1]["noise"] == derive_seed(job.section.seed, "noise", 2, 1)
+
+
+def test_a_step_that_is_not_finite_can_be_skipped(
+    setup: Setup, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"nonfinite_loss": "skip", "checkpoint_step_interval": 1}
+    job = setup.job("sana", RandomBatches("sana", broken_step=2), **settings)
+    with caplog.at_level(logging.WARNING):
+        losses = _train(job, tmp_path)
+
+    assert list(losses) == [1, 2, 4, 5, 6]
+    assert "a/second.png" in caplog.text
+    before, after = (load_file(tmp_path / f"key/checkpoint-{step}/weights.safetensors") for step in (2, 3))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "key-nonfinite/step-3/batch.safetensors").is_file()
+    assert all(weight.isfinite().all() for weight in job.trained().values())
+
+
+@pytest.mark.parametrize(("steps", "message"), [(12, "10 steps in a row"), (3, "none of the 3 steps")])
+def test_skipping_has_an_end(setup: Setup, tmp_path: Path, steps: int, message: str) -> None:
+    batches = RandomBatches("sana", broken_step=ALL)
+    job = setup.job("sana", batches, nonfinite_loss="skip", max_train_steps=steps)
+
+    with pytest.raises(TrainingError, match=message):
+        _train(job, tmp_path)
 
 
 def test_the_first_and_each_interval_step_are_logged(setup: Setup, tmp_path: Path) -> None:

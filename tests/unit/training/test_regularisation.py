@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kubetuner.config.sections import LoraSettings
+from kubetuner.config.adapter_sections import LoraSettings
+from kubetuner.config.objective import LossSettings, NoiseSettings, TimestepBias
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.loop import Job, train_denoiser
 from tests.unit.training.conftest import RandomBatches, Setup
@@ -74,6 +75,27 @@ def test_every_kind_of_adapter_is_compared_with_the_published_base(setup: Setup,
     assert job.trained().keys() == before.keys()
     assert all(torch.equal(before[name], value) for name, value in job.trained().items())
     assert any(bool(value.grad.any()) for value in job.trained().values() if value.grad is not None)
+
+
+def test_the_base_models_answer_is_scored_as_the_section_says(setup: Setup) -> None:
+    chosen = {
+        "loss": LossSettings(type="huber", snr_gamma=5.0),
+        "noise": NoiseSettings(offset=0.1, perturbation=0.2),
+        "timestep_bias": TimestepBias(strategy="earlier", multiplier=1000.0),
+    }
+    job = regularised(setup, "sdxl", **chosen)
+    question = job.question(0, 0)
+    spoil(job)
+    job.denoiser.eval()
+    base = setup.job("sdxl", RandomBatches("sdxl"), lora=None, model_type="full", mixed_precision="no", **chosen)
+    with torch.no_grad():
+        target = base.objective.answer(base.denoiser.eval(), question)
+        answer = job.objective.answer(job.denoiser, question)
+    expected = job.objective.process.loss(answer, replace(question.noisy, target=target))
+    losses = job.objective.losses(job.denoiser, question)
+    assert losses.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+    assert question.noisy.weights.tolist() != [1.0, 1.0]
+    assert losses.tolist() != pytest.approx((answer - target).square().flatten(1).mean(1).tolist(), rel=1e-2)
 
 
 def test_the_adapter_learns_and_stays_trainable(setup: Setup, tmp_path: Path) -> None:

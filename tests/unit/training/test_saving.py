@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kubetuner.config.sections import LoraSettings, ModelRef
+from kubetuner.config.adapter_sections import LoraSettings
+from kubetuner.config.sections import ModelRef
 from kubetuner.errors import TrainingError
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.loop import Job, train_denoiser

@@ -1,0 +1,99 @@
+"""Steps whose loss or gradient is not finite: what is kept of them, and whether training goes on."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kubetuner.config.sections import TrainSection
+from kubetuner.errors import TrainingError
+from kubetuner.training.objective import Question
+from kubetuner.training.randomness import derive_seed
+from kubetuner.training.taken import TakenStep, what_is_not_finite
+
+logger = logging.getLogger(__name__)
+
+MOST_SKIPPED_IN_A_ROW = 10
+BATCH, POSITION = "batch.safetensors", "position.json"
+_PURPOSES = ("noise", "offset", "perturbation", "levels", "dropout")
+
+
+class Guard:
+    """The section's ``nonfinite_loss`` policy.
+
+    ``stop`` reads a step's numbers when they arrive, so that a GPU never waits; the update was made by then, and no
+    checkpoint has it. ``skip`` waits for every step's numbers before its update.
+
+    Args:
+        section: Holds the policy and the seed.
+        folder: A folder ``step-<number>`` per bad step is written below it.
+        prepare: Makes the question of a (step, micro-step) again.
+    """
+
+    def __init__(self, section: TrainSection, folder: Path, prepare: Callable[[int, int], Question]) -> None:
+        self._section, self._folder, self._prepare = section, folder, prepare
+        self._in_a_row = 0
+
+    def skips(self, taken: TakenStep) -> bool:
+        """Whether the update of ``taken``, not made yet, is to be left out.
+
+        Raises:
+            TrainingError: Too many steps in a row were.
+        """
+        if self._section.nonfinite_loss != "skip":
+            return False
+        *losses, gradient = torch.cat([taken.losses, taken.gradient.reshape(1)]).tolist()
+        wrong = what_is_not_finite(taken, losses, gradient)
+        if not wrong:
+            self._in_a_row = 0
+            return False
+        kept = self._keep(taken, losses, gradient)
+        self._in_a_row += 1
+        if self._in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            raise TrainingError(f"{self._in_a_row} steps in a row were not finite; {wrong}; its batch is in {kept}")
+        logger.warning("Skipping the update: %s; its batch is in %s", wrong, kept)
+        return True
+
+    def require_finite(self, taken: TakenStep, losses: Sequence[float], gradient: float) -> None:
+        """Check the numbers of a step whose update was made.
+
+        Raises:
+            TrainingError: They are not finite; names the samples and where the batch was put.
+        """
+        wrong = what_is_not_finite(taken, losses, gradient)
+        if wrong:
+            kept = self._keep(taken, losses, gradient)
+            raise TrainingError(f"{wrong}; its batch is in {kept}. Set nonfinite_loss to skip to leave such steps out.")
+
+    def _keep(self, taken: TakenStep, losses: Sequence[float], gradient: float) -> Path:
+        """Write the noised batch of every micro-step and the seeds; with a checkpoint they are the step again."""
+        step, seed, micro_steps = taken.number - 1, self._section.seed, self._section.gradient_accumulation_steps
+        tensors: dict[str, Tensor] = {}
+        for micro in range(micro_steps):
+            tensors |= {f"{micro}.{name}": tensor for name, tensor in self._prepare(step, micro).named().items()}
+        position = {
+            "step": taken.number,
+            "steps_before": step,
+            "learning_rate": taken.learning_rate,
+            "losses": [f"{name}: {loss}" for name, loss in zip(taken.samples, losses, strict=True)],
+            "regularising": list(taken.regularising),
+            "gradient": str(gradient),
+            "seed": seed,
+            "seeds": [
+                {purpose: derive_seed(seed, purpose, step, micro) for purpose in _PURPOSES}
+                for micro in range(micro_steps)
+            ],
+        }
+        final, temporary = self._folder / f"step-{taken.number}", self._folder / f".step-{taken.number}.tmp"
+        for folder in (temporary, final):
+            shutil.rmtree(folder, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary / BATCH)
+        (temporary / POSITION).write_text(json.dumps(position, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.rename(final)
+        return final
