@@ -33,8 +33,8 @@ def make_random_base(family: str, out: Path, seed: int = 0) -> None:
 def recipe(family: str, base: Path) -> dict[str, object]:
     """The fine-tuning recipe of ``family``, turned into full training of ``base``."""
     config = json.loads((HERE / f"{family}.json").read_text(encoding="utf-8"))
-    kept = {name: value for name, value in config.items() if not name.startswith(("lora_", "peft_"))} | WEIGHTING[family]
-    return kept | {
+    kept = {name: value for name, value in config.items() if not name.startswith(("lora_", "peft_"))}
+    changed = {
         "pretrained_model_name_or_path": str(base),
         "model_type": "full",
         "max_train_steps": STEPS[family],
@@ -42,6 +42,7 @@ def recipe(family: str, base: Path) -> dict[str, object]:
         "lr_warmup_steps": 50,
         "checkpoint_step_interval": 500,
     }
+    return kept | changed | WEIGHTING[family]
 
 
 def main() -> None:
