@@ -20,6 +20,14 @@ from kubetuner import __version__
 from kubetuner.errors import ArtifactError
 
 ARTIFACT_FILE = "artifact.json"
+# Names in an artifact's folder that the steps share.
+SAMPLES_FILE = "samples.jsonl"
+LATENTS_FILE = "latents.jsonl"
+TEXTS_FILE = "texts.jsonl"
+CAPTIONS_FILE = "captions.jsonl"
+LOSSES_FILE = "losses.jsonl"
+PIPELINE_FOLDER = "pipeline"
+ADAPTER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json")
 
 
 class Record(BaseModel):
@@ -296,6 +304,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8 to ``path``, as :func:`write_atomically` does."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_rows(folder: Path, name: str, rows: Iterable[Record]) -> int:
     """Write ``rows`` as JSON Lines to ``folder/name``, one by one as they come; returns how many there were."""
     count = 0
@@ -318,11 +331,17 @@ def read_rows(folder: Path, name: str, row_type: type[RecordT]) -> Iterator[Reco
             yield row_type.model_validate_json(line)
 
 
+def describe_file(folder: Path, name: str) -> FileEntry:
+    """The entry of the payload file ``folder/name``."""
+    path = folder / name
+    return FileEntry(path=name, bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
 def list_files(folder: Path) -> tuple[FileEntry, ...]:
     """Describe every finished payload file below ``folder``, sorted by path."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != ARTIFACT_FILE)
     return tuple(
-        FileEntry(path=path.relative_to(folder).as_posix(), bytes=path.stat().st_size, sha256=sha256_of(path))
+        describe_file(folder, path.relative_to(folder).as_posix())
         for path in sorted(paths)
         if not (path.name.startswith(".") and path.name.endswith(".tmp"))
     )
@@ -330,8 +349,7 @@ def list_files(folder: Path) -> tuple[FileEntry, ...]:
 
 def write_artifact(folder: Path, artifact: Artifact) -> None:
     """Write ``artifact.json``; call it last, when the payload is complete."""
-    text = artifact.model_dump_json(indent=2) + "\n"
-    write_atomically(folder / ARTIFACT_FILE, lambda path: _write_text(path, text))
+    write_text(folder / ARTIFACT_FILE, artifact.model_dump_json(indent=2) + "\n")
 
 
 def read_artifact(folder: Path, kind: type[ArtifactT]) -> ArtifactT:
@@ -369,7 +387,3 @@ def verify_files(folder: Path, artifact: Artifact) -> None:
         raise ArtifactError(
             f"{folder}: {len(damaged)} missing or damaged file(s): {', '.join(damaged[:5])}; run the step again"
         )
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

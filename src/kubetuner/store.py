@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from kubetuner.artifacts import Record, ShardEntry, sha256_of, write_atomically
+from kubetuner.artifacts import Record, ShardEntry, sha256_of, write_atomically, write_text
 from kubetuner.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Store:
         write_atomically(self.path(shard.file), fill)
         index = IndexEntry(shard=shard, keys=tuple(sorted(samples))).model_dump_json()
         entry = self.root / "index" / namespace / f"{digest}.json"
-        write_atomically(entry, lambda path: path.write_text(index, encoding="utf-8"))
+        write_text(entry, index)
         self._claims.add(entry)
         self.renew_claims()
         return shard

@@ -13,15 +13,15 @@ from kubetuner.config.adapter_sections import LoraSettings
 from kubetuner.config.caption_sections import DatasetCaptions
 from kubetuner.config.objective import (
     EmaSettings,
+    FlowSchedule,
     LossSettings,
     NoiseSettings,
     ProcessSettings,
     SchedulerChange,
     TimestepBias,
 )
-from kubetuner.config.objective import FlowSchedule as FlowSchedule
 from kubetuner.config.optimizers import OptimizerName, Option
-from kubetuner.config.section import Section as Section
+from kubetuner.config.section import Section
 from kubetuner.config.source_sections import DownloadSection
 
 FamilyName = Literal["pixart_sigma", "sdxl", "sana"]

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from kubetuner.artifacts import (
+    CAPTIONS_FILE,
+    LATENTS_FILE,
+    TEXTS_FILE,
     CaptionRow,
     LatentRow,
     LatentsArtifact,
@@ -177,6 +180,7 @@ class EncodedSamples:
     def __init__(self, latents: Sequence[Path], text_embeds: Sequence[Path], text_tensors: Sequence[str]) -> None:
         self._names = tuple(text_tensors)
         self._readers: dict[str, ShardReader] = {}
+        self._folders: list[ShardReader] = []
         self._latent_names: dict[str, tuple[str, ...]] = {}
         self._kept: dict[tuple[str, str], dict[str, Tensor]] = {}
         self._kept_bytes = 0
@@ -191,8 +195,8 @@ class EncodedSamples:
             embeds = read_artifact(folder, TextEmbedsArtifact)
             self._open(folder, embeds)
             parents.setdefault(embeds.parents[0], folder)
-            captioned += [row.sample for _, row in self._captions.add(folder / "captions.jsonl")]
-        files = (folder / "texts.jsonl" for folder in text_embeds)
+            captioned += [row.sample for _, row in self._captions.add(folder / CAPTIONS_FILE)]
+        files = (folder / TEXTS_FILE for folder in text_embeds)
         self._text_places = Positions(row.text for file in files for _, row in self._texts.add(file))
         self._caption_places = Positions(captioned)
         if len(parents) > 1:
@@ -209,7 +213,7 @@ class EncodedSamples:
             self._open(folder, artifact)
             self._latent_names.update((shard.file, latent_names(artifact)) for shard in artifact.shards)
             parents.setdefault(artifact.parents[0], folder)
-            for position, row in self.rows.add(folder / "latents.jsonl"):
+            for position, row in self.rows.add(folder / LATENTS_FILE):
                 samples.append(row.sample)
                 self.groups[row.dataset][row.target_size].append(position)
             skipped |= {skip.name for skip in artifact.skipped}
@@ -237,13 +241,14 @@ class EncodedSamples:
 
     def renew_claims(self) -> None:
         """Keep the shards from being collected as garbage while training takes days."""
-        for reader in set(self._readers.values()):
+        for reader in self._folders:
             reader.renew_claims()
 
     def _open(self, folder: Path, artifact: LatentsArtifact | TextEmbedsArtifact) -> None:
         verify_files(folder, artifact)
         reader = ShardReader(resolve_store(folder))
         reader.verify(artifact.shards)
+        self._folders.append(reader)
         self._readers.update((shard.file, reader) for shard in artifact.shards)
 
     def _read(self, key: str, shard: str, names: tuple[str, ...]) -> dict[str, Tensor]:

@@ -8,6 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from kubetuner.artifacts import (
+    CAPTIONS_FILE,
+    LATENTS_FILE,
+    TEXTS_FILE,
     CaptionRow,
     LatentRow,
     LatentsArtifact,
@@ -99,7 +102,7 @@ def _latent_rows(folders: Sequence[Path]) -> Iterator[_Place]:
     for folder in folders:
         names = latent_names(read_artifact(folder, LatentsArtifact))
         reader = ShardReader(resolve_store(folder))
-        for row in read_rows(folder, "latents.jsonl", LatentRow):
+        for row in read_rows(folder, LATENTS_FILE, LatentRow):
             yield reader, row, names
 
 
@@ -108,9 +111,9 @@ def _read_texts(folders: Sequence[Path]) -> _Texts:
     for folder in folders:
         read_artifact(folder, TextEmbedsArtifact)
         reader = ShardReader(resolve_store(folder))
-        for caption in read_rows(folder, "captions.jsonl", CaptionRow):
+        for caption in read_rows(folder, CAPTIONS_FILE, CaptionRow):
             texts.captions[caption.sample] = caption.texts
-        for row in read_rows(folder, "texts.jsonl", TextRow):
+        for row in read_rows(folder, TEXTS_FILE, TextRow):
             texts.places[row.text] = (reader, row)
     return texts
 

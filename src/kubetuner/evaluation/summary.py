@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kubetuner.artifacts import EvaluationArtifact, ModelArtifact, Record, read_artifact, write_atomically
+from kubetuner.artifacts import EvaluationArtifact, ModelArtifact, Record, read_artifact, write_text
 from kubetuner.evaluation.tracked import weights_folder
 
 SUMMARY_FILE = "summary.json"
@@ -107,10 +107,5 @@ def write_summary(
         model_path=str(weights_folder(model, trained).resolve()),
         pushed_to=pushed_to,
     )
-    text = summary.model_dump_json(indent=2) + "\n"
-
-    def fill(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(out_dir / SUMMARY_FILE, fill)
+    write_text(out_dir / SUMMARY_FILE, summary.model_dump_json(indent=2) + "\n")
     return summary

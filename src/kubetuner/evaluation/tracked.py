@@ -4,14 +4,11 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from kubetuner.artifacts import FileEntry, ModelArtifact, sha256_of, verify_files
+from kubetuner.artifacts import ADAPTER_FILES, PIPELINE_FOLDER, FileEntry, ModelArtifact, sha256_of, verify_files
 from kubetuner.errors import KubetunerError
 from kubetuner.tracking import fetch_model
 
 logger = logging.getLogger(__name__)
-
-PIPELINE_FOLDER = "pipeline"
-_ADAPTER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -76,4 +73,4 @@ def _name(entry: FileEntry, artifact: ModelArtifact) -> str:
     if artifact.model_type == "full":
         prefix = f"{PIPELINE_FOLDER}/"
         return entry.path.removeprefix(prefix) if entry.path.startswith(prefix) else ""
-    return entry.path if entry.path in _ADAPTER_FILES else ""
+    return entry.path if entry.path in ADAPTER_FILES else ""

@@ -10,11 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kubetuner.artifacts import ADAPTER_FILES
 from kubetuner.errors import ArtifactError
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
-PEFT_WEIGHTS = "adapter_model.safetensors"
-PEFT_CONFIG = "adapter_config.json"
+WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG = ADAPTER_FILES
 METADATA_KEY = "lora_adapter_metadata"
 PEFT_PREFIX = "base_model.model."
 

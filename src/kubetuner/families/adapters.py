@@ -12,47 +12,50 @@ from kubetuner.families.adapter_files import SavedAdapter, read_adapter, write_d
 from kubetuner.families.base import FamilyFacts
 
 
-def add_adapter(denoiser: nn.Module, settings: LoraSettings, facts: FamilyFacts) -> nn.Module:
-    """The denoiser, frozen, with a float32 adapter that alone is trainable: fresh, or ``init_lora``'s.
+class Adapters:
+    """The verbs of :class:`~kubetuner.families.base.Family` that concern adapters; the same for all families."""
 
-    Raises:
-        InputError: A target names no layer, a layer cannot have this adapter, or ``init_lora`` is another adapter.
-        ArtifactError: ``init_lora`` is no adapter.
-    """
-    lora.inject_new(denoiser, settings, facts.lora_targets)
-    if settings.init_lora:
-        saved = read_adapter(Path(settings.init_lora), facts.denoiser)
-        _check_start(saved, denoiser)
+    facts: FamilyFacts
+
+    def add_adapter(self, denoiser: nn.Module, settings: LoraSettings) -> nn.Module:
+        """The denoiser, frozen, with a float32 adapter that alone is trainable: fresh, or ``init_lora``'s.
+
+        Raises:
+            InputError: A target names no layer, a layer cannot have this adapter, or ``init_lora`` is another adapter.
+            ArtifactError: ``init_lora`` is no adapter.
+        """
+        lora.inject_new(denoiser, settings, self.facts.lora_targets)
+        if settings.init_lora:
+            saved = read_adapter(Path(settings.init_lora), self.facts.denoiser)
+            _check_start(saved, denoiser)
+            _fill(denoiser, saved)
+        return denoiser
+
+    def save_adapter(self, folder: Path, denoiser: nn.Module) -> None:
+        """Write the adapter so that stock diffusers or peft loads it, with its rank and alpha.
+
+        A LoRA or DoRA becomes ``pytorch_lora_weights.safetensors`` where the family's pipeline has a loader for it. All
+        else becomes a PEFT folder: diffusers' pipelines load no LoKr and no LoHa.
+        """
+        weights, metadata = lora.adapter_weights(denoiser), lora.adapter_metadata(denoiser)
+        if self.facts.pipeline_loads_lora and metadata["peft_type"] == "LORA":
+            write_diffusers_file(folder, weights, metadata, self.facts.denoiser)
+        else:
+            write_peft_folder(folder, weights, metadata)
+
+    def load_adapter(self, denoiser: nn.Module, folder: Path) -> nn.Module:
+        """The denoiser with the adapter of :meth:`save_adapter`.
+
+        Raises:
+            ArtifactError: A file is missing or damaged, or the adapter is of another base.
+        """
+        saved = read_adapter(folder, self.facts.denoiser)
+        if saved.config is None:
+            raise ArtifactError(f"{saved.where}: has no LoRA metadata, so its alpha is unknown. Train it again.")
+        saved.config.inference_mode = False  # Otherwise peft freezes the loaded adapter.
+        lora.inject(denoiser, saved.config)
         _fill(denoiser, saved)
-    return denoiser
-
-
-def save_adapter(folder: Path, denoiser: nn.Module, facts: FamilyFacts) -> None:
-    """Write the adapter so that stock diffusers or peft loads it, with its rank and alpha.
-
-    A LoRA or DoRA becomes ``pytorch_lora_weights.safetensors`` where the family's pipeline has a loader for it. All
-    else becomes a PEFT folder: diffusers' pipelines load no LoKr and no LoHa.
-    """
-    weights, metadata = lora.adapter_weights(denoiser), lora.adapter_metadata(denoiser)
-    if facts.pipeline_loads_lora and metadata["peft_type"] == "LORA":
-        write_diffusers_file(folder, weights, metadata, facts.denoiser)
-    else:
-        write_peft_folder(folder, weights, metadata)
-
-
-def load_adapter(denoiser: nn.Module, folder: Path, facts: FamilyFacts) -> nn.Module:
-    """The denoiser with the adapter of :func:`save_adapter`.
-
-    Raises:
-        ArtifactError: A file is missing or damaged, or the adapter is of another base.
-    """
-    saved = read_adapter(folder, facts.denoiser)
-    if saved.config is None:
-        raise ArtifactError(f"{saved.where}: has no LoRA metadata, so its alpha is unknown. Train it again.")
-    saved.config.inference_mode = False  # Otherwise peft freezes the loaded adapter.
-    lora.inject(denoiser, saved.config)
-    _fill(denoiser, saved)
-    return denoiser
+        return denoiser
 
 
 def _fill(denoiser: nn.Module, saved: SavedAdapter) -> None:

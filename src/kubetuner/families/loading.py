@@ -15,6 +15,11 @@ def hub_revision(ref: ModelRef) -> str | None:
     return None if Path(ref.path).is_dir() else ref.revision or None
 
 
+def default_device() -> torch.device:
+    """Where a step's models go: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_model(part: Any, ref: ModelRef, subfolder: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The model in ``subfolder`` as class ``part``, in eval mode and ``dtype``, however it is stored."""
     model = _from_pretrained(

@@ -3,19 +3,18 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.adapter_sections import LoraSettings
 from kubetuner.config.objective import ProcessSettings
 from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRef
 from kubetuner.diffusion.epsilon import EpsilonProcess
-from kubetuner.families import adapters, loading, noise
-from kubetuner.families.autoencoders import encode_kl, kl_latent_shape, kl_moments
+from kubetuner.families import loading, noise
+from kubetuner.families.adapters import Adapters
+from kubetuner.families.autoencoders import KlLatents
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
 from kubetuner.families.text import TextEncoder, encode_at_length, pad_together
@@ -23,7 +22,7 @@ from kubetuner.families.text import TextEncoder, encode_at_length, pad_together
 MAX_TOKENS = 300
 
 
-class PixArtSigma:
+class PixArtSigma(KlLatents, Adapters):
     """The PixArt Sigma family."""
 
     facts = FamilyFacts(
@@ -36,24 +35,6 @@ class PixArtSigma:
         license="openrail++",
         pipeline="PixArtSigmaPipeline",
     )
-
-    def load_vae(self, ref: ModelRef, device: torch.device) -> nn.Module:
-        """See :class:`~kubetuner.families.base.Family`."""
-        from diffusers import AutoencoderKL
-
-        return loading.load_autoencoder(AutoencoderKL, ref, device)
-
-    def encode_pixels(self, vae: nn.Module, pixels: Tensor, noise: Tensor | None) -> Tensor:
-        """See :class:`~kubetuner.families.base.Family`."""
-        return encode_kl(vae, pixels, noise)
-
-    def encode_moments(self, vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`~kubetuner.families.base.Family`."""
-        return kl_moments(vae, pixels)
-
-    def latent_shape(self, vae: nn.Module, height: int, width: int) -> tuple[int, int, int]:
-        """See :class:`~kubetuner.families.base.Family`."""
-        return kl_latent_shape(vae, height, width)
 
     def load_text_encoders(self, ref: ModelRef, device: torch.device) -> TextEncoder:
         """T5 and its tokenizer."""
@@ -129,18 +110,6 @@ class PixArtSigma:
                 clean_caption=section.clean_caption,
                 use_resolution_binning=False,
             ).images[0]
-
-    def add_adapter(self, denoiser: nn.Module, settings: LoraSettings) -> nn.Module:
-        """See :class:`~kubetuner.families.base.Family`."""
-        return adapters.add_adapter(denoiser, settings, self.facts)
-
-    def save_adapter(self, folder: Path, denoiser: nn.Module) -> None:
-        """See :class:`~kubetuner.families.base.Family`."""
-        adapters.save_adapter(folder, denoiser, self.facts)
-
-    def load_adapter(self, denoiser: nn.Module, folder: Path) -> nn.Module:
-        """See :class:`~kubetuner.families.base.Family`."""
-        return adapters.load_adapter(denoiser, folder, self.facts)
 
 
 def prepare(texts: Sequence[str], clean: bool) -> list[str]:

@@ -1,18 +1,17 @@
 """Sana: Gemma text with an instruction, deep-compression latents, flow matching."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.adapter_sections import LoraSettings
 from kubetuner.config.objective import ProcessSettings
 from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRef
 from kubetuner.diffusion.flow import FlowProcess
-from kubetuner.families import adapters, loading, noise
+from kubetuner.families import loading, noise
+from kubetuner.families.adapters import Adapters
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
 from kubetuner.families.text import TextEncoder, encode_at_length, pad_together
@@ -20,7 +19,7 @@ from kubetuner.families.text import TextEncoder, encode_at_length, pad_together
 MAX_TOKENS = 300
 
 
-class Sana:
+class Sana(Adapters):
     """The Sana family."""
 
     facts = FamilyFacts(
@@ -132,15 +131,3 @@ class Sana:
                 use_resolution_binning=False,
                 complex_human_instruction=[section.instruction] if section.instruction else None,
             ).images[0]
-
-    def add_adapter(self, denoiser: nn.Module, settings: LoraSettings) -> nn.Module:
-        """See :class:`~kubetuner.families.base.Family`."""
-        return adapters.add_adapter(denoiser, settings, self.facts)
-
-    def save_adapter(self, folder: Path, denoiser: nn.Module) -> None:
-        """See :class:`~kubetuner.families.base.Family`."""
-        adapters.save_adapter(folder, denoiser, self.facts)
-
-    def load_adapter(self, denoiser: nn.Module, folder: Path) -> nn.Module:
-        """See :class:`~kubetuner.families.base.Family`."""
-        return adapters.load_adapter(denoiser, folder, self.facts)

@@ -2,19 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.adapter_sections import LoraSettings
 from kubetuner.config.objective import ProcessSettings
 from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRef
 from kubetuner.diffusion.epsilon import EpsilonProcess
-from kubetuner.families import adapters, loading, noise
-from kubetuner.families.autoencoders import encode_kl, kl_latent_shape, kl_moments
+from kubetuner.families import loading, noise
+from kubetuner.families.adapters import Adapters
+from kubetuner.families.autoencoders import KlLatents
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
 from kubetuner.families.text import TextEncoder, in_batches
@@ -37,7 +36,7 @@ class SdxlTextEncoders:
     empty_is_zeros: bool
 
 
-class Sdxl:
+class Sdxl(KlLatents, Adapters):
     """The SDXL family."""
 
     facts = FamilyFacts(
@@ -50,24 +49,6 @@ class Sdxl:
         license="openrail++",
         pipeline="StableDiffusionXLPipeline",
     )
-
-    def load_vae(self, ref: ModelRef, device: torch.device) -> nn.Module:
-        """See :class:`~kubetuner.families.base.Family`."""
-        from diffusers import AutoencoderKL
-
-        return loading.load_autoencoder(AutoencoderKL, ref, device)
-
-    def encode_pixels(self, vae: nn.Module, pixels: Tensor, noise: Tensor | None) -> Tensor:
-        """See :class:`~kubetuner.families.base.Family`."""
-        return encode_kl(vae, pixels, noise)
-
-    def encode_moments(self, vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`~kubetuner.families.base.Family`."""
-        return kl_moments(vae, pixels)
-
-    def latent_shape(self, vae: nn.Module, height: int, width: int) -> tuple[int, int, int]:
-        """See :class:`~kubetuner.families.base.Family`."""
-        return kl_latent_shape(vae, height, width)
 
     def load_text_encoders(self, ref: ModelRef, device: torch.device) -> SdxlTextEncoders:
         """Both CLIP text models and their tokenizers."""
@@ -148,18 +129,6 @@ class Sdxl:
                 num_inference_steps=section.num_inference_steps,
                 generator=starting_noise(seed),
             ).images[0]
-
-    def add_adapter(self, denoiser: nn.Module, settings: LoraSettings) -> nn.Module:
-        """See :class:`~kubetuner.families.base.Family`."""
-        return adapters.add_adapter(denoiser, settings, self.facts)
-
-    def save_adapter(self, folder: Path, denoiser: nn.Module) -> None:
-        """See :class:`~kubetuner.families.base.Family`."""
-        adapters.save_adapter(folder, denoiser, self.facts)
-
-    def load_adapter(self, denoiser: nn.Module, folder: Path) -> nn.Module:
-        """See :class:`~kubetuner.families.base.Family`."""
-        return adapters.load_adapter(denoiser, folder, self.facts)
 
 
 @torch.no_grad()

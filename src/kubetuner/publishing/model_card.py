@@ -12,7 +12,8 @@ from typing import Literal
 from kubetuner.artifacts import EvaluationArtifact, ModelArtifact, ValidationImage
 from kubetuner.config.adapter_sections import LoraSettings
 from kubetuner.config.objective import FlowSchedule, LossSettings, NoiseSettings, TimestepBias
-from kubetuner.config.sections import PushSection, Section
+from kubetuner.config.section import Section
+from kubetuner.config.sections import PushSection
 from kubetuner.families.base import FamilyFacts
 
 Usage = Literal["pipeline", "lora", "peft"]

@@ -6,29 +6,29 @@ from pathlib import Path
 
 from kubetuner.artifacts import (
     ARTIFACT_FILE,
+    CAPTIONS_FILE,
+    SAMPLES_FILE,
+    TEXTS_FILE,
     CaptionRow,
-    FileEntry,
     Sample,
     ShardEntry,
     TensorSpec,
     TextEmbedsArtifact,
     TextRow,
+    describe_file,
     fingerprint,
     read_rows,
-    sha256_of,
     write_artifact,
     write_rows,
 )
 from kubetuner.config.sections import CacheTextSection
 from kubetuner.data.caption_edits import edit_captions
 from kubetuner.progress import Progress
-from kubetuner.steps.download_dataset import SAMPLES_FILE, read_dataset
+from kubetuner.steps.download_dataset import read_dataset
 from kubetuner.store import Store, resolve_store
 
 logger = logging.getLogger(__name__)
 
-TEXTS_FILE = "texts.jsonl"
-CAPTIONS_FILE = "captions.jsonl"
 # Texts handed to the family at once, in batches: enough that most of its batches of one length are full.
 BATCHES_AT_ONCE = 8
 # A shard is written, and so survives a kill, after this many encoded texts.
@@ -60,29 +60,29 @@ def _cache(section: CacheTextSection, dataset: Path, out: Path, part: tuple[int,
     shard, num_shards = part
     store = resolve_store(out)
     out.mkdir(parents=True, exist_ok=True)
-    keys = {"": _key(section, "")}
+    encoding = section.encoding()
+    keys = {"": fingerprint("", encoding)}
 
     def captions() -> Iterator[CaptionRow]:
         for index, sample in enumerate(read_rows(dataset, SAMPLES_FILE, Sample)):
             if index % num_shards == shard:
                 texts = _texts(section, sample)
-                keys.update((text, _key(section, text)) for text in texts if text not in keys)
+                keys.update((text, fingerprint(text, encoding)) for text in texts if text not in keys)
                 yield CaptionRow(sample=sample.id, texts=texts)
 
     write_rows(out, CAPTIONS_FILE, captions())
-    namespace = f"text-{fingerprint(section.encoding())[:16]}"
+    namespace = f"text-{fingerprint(encoding)[:16]}"
     known = store.known(namespace, frozenset(keys.values()))
     missing = [text for text, key in keys.items() if key not in known]
     known |= _encode(section, store, namespace, {text: keys[text] for text in missing})
     logger.info("text embeddings: %d reused, %d encoded", len(keys) - len(missing), len(missing))
     write_rows(out, TEXTS_FILE, (TextRow(text=text, key=key, shard=known[key].file) for text, key in keys.items()))
     shards = {entry.file: entry for entry in known.values()}
-    paths = [out / CAPTIONS_FILE, out / TEXTS_FILE]
     shapes = store.shapes(shards.values())
     return TextEmbedsArtifact(
         fingerprint=fingerprint(section.deciding(), source.fingerprint, part),
         parents=(source.fingerprint,),
-        files=tuple(FileEntry(path=path.name, bytes=path.stat().st_size, sha256=sha256_of(path)) for path in paths),
+        files=tuple(describe_file(out, name) for name in (CAPTIONS_FILE, TEXTS_FILE)),
         num_texts=len(keys),
         encoded=len(missing),
         reused=len(keys) - len(missing),
@@ -97,10 +97,6 @@ def _texts(section: CacheTextSection, sample: Sample) -> tuple[str, ...]:
     return edit_captions(settings, sample.captions) if settings else sample.captions
 
 
-def _key(section: CacheTextSection, text: str) -> str:
-    return fingerprint(text, section.encoding())
-
-
 def _encode(
     section: CacheTextSection, store: Store, namespace: str, missing: Mapping[str, str]
 ) -> dict[str, ShardEntry]:
@@ -110,8 +106,9 @@ def _encode(
     import torch
 
     from kubetuner.families import load_family
+    from kubetuner.families.loading import default_device
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     family = load_family(section.model.family)
     encoders = family.load_text_encoders(section.model, device)
     dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING
 
 from kubetuner.artifacts import (
     ARTIFACT_FILE,
-    FileEntry,
+    LATENTS_FILE,
+    SAMPLES_FILE,
     LatentRow,
     LatentsArtifact,
     Sample,
     ShardEntry,
     Skipped,
     TensorSpec,
+    describe_file,
     fingerprint,
     read_rows,
     sha256_of,
@@ -30,7 +32,7 @@ from kubetuner.data.geometry import LeftOut, Placement, Size, place
 from kubetuner.data.pictures import open_picture, to_pixels
 from kubetuner.errors import ArtifactError
 from kubetuner.progress import Progress
-from kubetuner.steps.download_dataset import SAMPLES_FILE, read_dataset
+from kubetuner.steps.download_dataset import read_dataset
 from kubetuner.store import Store, resolve_store
 
 if TYPE_CHECKING:
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ROWS_FILE = "latents.jsonl"
 # A shard is written, and so survives a kill, after this many encoded samples.
 SAMPLES_PER_SHARD = 256
 MAX_THREADS = 8
@@ -95,17 +96,16 @@ def _cache(section: CacheVaeSection, dataset: Path, out: Path, part: tuple[int, 
     known |= written
     skipped: list[Skipped] = []
     out.mkdir(parents=True, exist_ok=True)
-    count = write_rows(out, ROWS_FILE, _rows(_place_all(*samples), known, skipped))
+    count = write_rows(out, LATENTS_FILE, _rows(_place_all(*samples), known, skipped))
     for skip in skipped:
         logger.warning("skipped %s: %s", skip.name, skip.reason)
     logger.info("latents: %d reused, %d encoded, %d skipped", count - len(written), len(written), len(skipped))
     shards = {entry.file: entry for entry in known.values()}
-    path = out / ROWS_FILE
     shapes = store.shapes(shards.values())
     return LatentsArtifact(
         fingerprint=fingerprint(section.deciding(), source.fingerprint, part),
         parents=(source.fingerprint,),
-        files=(FileEntry(path=ROWS_FILE, bytes=path.stat().st_size, sha256=sha256_of(path)),),
+        files=(describe_file(out, LATENTS_FILE),),
         num_samples=count,
         encoded=len(written),
         reused=count - len(written),
@@ -175,8 +175,9 @@ def _encode(
     import torch
 
     from kubetuner.families import load_family
+    from kubetuner.families.loading import default_device
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     family = load_family(section.model.family)
     vae = family.load_vae(section.model, device)
     dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32

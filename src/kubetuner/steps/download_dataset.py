@@ -14,10 +14,12 @@ from pathlib import Path
 
 from kubetuner.artifacts import (
     ARTIFACT_FILE,
+    SAMPLES_FILE,
     DatasetArtifact,
     FileEntry,
     Sample,
     Skipped,
+    describe_file,
     fingerprint,
     read_artifact,
     sha256_of,
@@ -38,7 +40,6 @@ from kubetuner.sources.threads import in_threads
 
 logger = logging.getLogger(__name__)
 
-SAMPLES_FILE = "samples.jsonl"
 FILES_FOLDER = "files"
 SHOWN_SKIPS = 5
 
@@ -117,8 +118,7 @@ def _download(section: DownloadSection, out: Path) -> DatasetArtifact:
     entries = {entry.path: entry for _, _, entry in taken}
     _remove_others(out, set(entries))
     write_rows(out, SAMPLES_FILE, samples)
-    rows = out / SAMPLES_FILE
-    entries[SAMPLES_FILE] = FileEntry(path=SAMPLES_FILE, bytes=rows.stat().st_size, sha256=sha256_of(rows))
+    entries[SAMPLES_FILE] = describe_file(out, SAMPLES_FILE)
     return DatasetArtifact(
         fingerprint=fingerprint("dataset", [[sample.id, sample.sha256, sample.captions] for sample in samples]),
         files=tuple(entries[path] for path in sorted(entries)),

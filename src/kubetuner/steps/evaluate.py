@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kubetuner.artifacts import (
+    LOSSES_FILE,
     EvaluationArtifact,
     LatentsArtifact,
     ModelArtifact,
@@ -20,7 +21,7 @@ from kubetuner.artifacts import (
     read_artifact,
     read_rows,
     write_artifact,
-    write_atomically,
+    write_text,
 )
 from kubetuner.config.sections import EvaluateSection
 from kubetuner.errors import ArtifactError
@@ -110,15 +111,15 @@ def _check(section: EvaluateSection, trained: ModelArtifact, model: Path) -> Non
 def _compare(
     section: EvaluateSection, weights: Path, latents: Sequence[Path], text_embeds: Sequence[Path], out: Path
 ) -> "Comparison":
-    import torch
 
     from kubetuner.evaluation.compare import compare
     from kubetuner.evaluation.held_out import read_held_out
     from kubetuner.families import load_family
+    from kubetuner.families.loading import default_device
 
     names = load_family(section.model.family).facts.text_tensors
     held_out = read_held_out(section, latents, text_embeds, names)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     return compare(section, weights, held_out, device, out)
 
 
@@ -190,21 +191,14 @@ def _findings(
 def _training(model: Path) -> tuple["TrainPoint", ...]:
     from kubetuner.evaluation.report import TrainPoint
 
-    return tuple(read_rows(model, "losses.jsonl", TrainPoint)) if (model / "losses.jsonl").is_file() else ()
+    return tuple(read_rows(model, LOSSES_FILE, TrainPoint)) if (model / LOSSES_FILE).is_file() else ()
 
 
 def _write_reports(findings: "Findings", out: Path) -> None:
     from kubetuner.evaluation.report import render_html, render_markdown
 
     for name, text in ((REPORT_FILE, render_html(findings)), (SUMMARY_FILE, render_markdown(findings))):
-        _write(out / name, text)
-
-
-def _write(path: Path, text: str) -> None:
-    def fill(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(path, fill)
+        write_text(out / name, text)
 
 
 def _artifact(

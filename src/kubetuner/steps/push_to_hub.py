@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kubetuner.artifacts import (
+    ADAPTER_FILES,
     EvaluationArtifact,
     ModelArtifact,
     PublishedArtifact,
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 HUB_FOLDER = "hub"
 ASSETS_FOLDER = "assets"
 CARD_FILE = "README.md"
-_ADAPTER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json")
 
 
 def push_to_hub(section: PushSection, model: Path, evaluation: Path, out: Path) -> PublishedArtifact:
@@ -102,7 +102,7 @@ def _copy_weights(model: Path, trained: ModelArtifact, folder: Path) -> "Usage":
         if trained.model_type == "full":
             shutil.copytree(located, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
             return "pipeline"
-        for name in _ADAPTER_FILES:
+        for name in ADAPTER_FILES:
             if (located / name).is_file():
                 shutil.copyfile(located / name, folder / name)
     return "peft" if (folder / "adapter_config.json").is_file() else "lora"

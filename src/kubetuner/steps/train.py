@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 
 from kubetuner.artifacts import (
     ARTIFACT_FILE,
+    LOSSES_FILE,
+    PIPELINE_FOLDER,
     FileEntry,
     LatentsArtifact,
     ModelArtifact,
     TextEmbedsArtifact,
+    describe_file,
     fingerprint,
     list_files,
     read_artifact,
-    sha256_of,
     write_artifact,
     write_rows,
 )
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from kubetuner.training.checkpoints import LossPoint
     from kubetuner.training.loop import Job
 
-PIPELINE_FOLDER = "pipeline"
 _TRACKED_PARAMS = (
     "model_type", "layer_freeze_strategy", "max_train_steps", "num_train_epochs", "train_batch_size",
     "gradient_accumulation_steps", "mixed_precision", "base_model_precision", "optimizer", "learning_rate",
@@ -55,7 +56,7 @@ def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[
         TerminatedError: SIGTERM arrived; run again to resume.
     """
     from kubetuner.tracking import track
-    from kubetuner.training.checkpoints import LOSSES, Checkpoints
+    from kubetuner.training.checkpoints import Checkpoints
     from kubetuner.training.loop import train_denoiser
     from kubetuner.training.threads import limit_threads
 
@@ -70,7 +71,7 @@ def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[
         job = _job(section, latents, text_embeds)
         outcome = train_denoiser(job, checkpoints, run.log_metrics)
         uri = _save(job, out, run)
-        write_rows(out, LOSSES, outcome.points)
+        write_rows(out, LOSSES_FILE, outcome.points)
         first, last = _ends(outcome.points)
         artifact = ModelArtifact(
             fingerprint=key,
@@ -97,11 +98,12 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
 
     from kubetuner.data.batches import Batches
     from kubetuner.families import load_family
+    from kubetuner.families.loading import default_device
     from kubetuner.training.denoiser import prepare_denoiser
     from kubetuner.training.loop import Job
     from kubetuner.training.objective import Objective
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     family = load_family(section.model.family)
@@ -152,11 +154,7 @@ def _save(job: "Job", out: Path, run: "Run") -> str:
 def _files(out: Path) -> tuple[FileEntry, ...]:
     """The payload: files in ``out`` and the pipeline, but not the checkpoints."""
     names = (path.name for path in out.iterdir() if path.is_file() and path.name != ARTIFACT_FILE)
-    top = (
-        FileEntry(path=name, bytes=(out / name).stat().st_size, sha256=sha256_of(out / name))
-        for name in sorted(names)
-        if not name.startswith(".")
-    )
+    top = (describe_file(out, name) for name in sorted(names) if not name.startswith("."))
     nested = list_files(out / PIPELINE_FOLDER)
     return (*top, *(entry.model_copy(update={"path": f"{PIPELINE_FOLDER}/{entry.path}"}) for entry in nested))
 

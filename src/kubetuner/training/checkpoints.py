@@ -19,12 +19,11 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kubetuner.artifacts import FileEntry, Record, list_files, read_rows, sha256_of, write_atomically, write_rows
+from kubetuner.artifacts import LOSSES_FILE, FileEntry, Record, list_files, read_rows, sha256_of, write_rows, write_text
 from kubetuner.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
-LOSSES = "losses.jsonl"
 _WEIGHTS, _AVERAGES = "weights.safetensors", "averages.safetensors"
 _OPTIMIZER, _MANIFEST = "optimizer.pt", "manifest.json"
 
@@ -79,11 +78,11 @@ class Checkpoints:
         for file, weights in ((_WEIGHTS, snapshot.weights), (_AVERAGES, snapshot.averages)):
             save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, temporary / file)
         torch.save(dict(snapshot.optimizer), temporary / _OPTIMIZER)
-        write_rows(temporary, LOSSES, snapshot.points)
+        write_rows(temporary, LOSSES_FILE, snapshot.points)
         for path in temporary.iterdir():
             _flush(path)
         text = Manifest(step=snapshot.step, files=list_files(temporary)).model_dump_json(indent=2)
-        write_atomically(temporary / _MANIFEST, lambda path: _write_text(path, text))
+        write_text(temporary / _MANIFEST, text)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         self._prune()
@@ -137,7 +136,7 @@ def _read(folder: Path) -> Snapshot | None:
                 raise ValueError(f"{entry.path} does not match its checksum")
         weights, averages = load_file(folder / _WEIGHTS), load_file(folder / _AVERAGES)
         optimizer = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
-        points = tuple(read_rows(folder, LOSSES, LossPoint))
+        points = tuple(read_rows(folder, LOSSES_FILE, LossPoint))
     except (OSError, ValidationError, ValueError) as error:
         logger.warning("Checkpoint %s is damaged or incomplete and is skipped: %s", folder, error)
         return None
@@ -147,7 +146,3 @@ def _read(folder: Path) -> Snapshot | None:
 def _flush(path: Path) -> None:
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

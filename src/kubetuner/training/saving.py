@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kubetuner.artifacts import PIPELINE_FOLDER
 from kubetuner.errors import TrainingError
 from kubetuner.training.denoiser import load_base
 from kubetuner.training.loop import Job
 from kubetuner.training.objective import Question
 
-PIPELINE_FOLDER = "pipeline"
 _ALLOWED_OF_EFFECT = 0.05
 _ALLOWED_ROUNDING = {True: 2e-2, False: 1e-4}
 """Largest share of the prediction's norm that rounding may explain, with and without bf16."""
