@@ -50,6 +50,7 @@ class FixedBatch:
     rows: list[LatentRow]
     latents: Tensor
     texts: list[Named | None]
+    masks: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,8 @@ class Sample(Record):
         width: Pixels, after the EXIF orientation was applied.
         height: Pixels, after the EXIF orientation was applied.
         captions: At least one; several are alternatives of which one is drawn at each use.
+        mask: Payload path of its mask's bytes, named by their SHA-256; empty for a picture without one.
+        mask_kind: How the mask is read (``conditioning_type``).
     """
 
     id: str
@@ -94,6 +96,8 @@ class Sample(Record):
     width: int
     height: int
     captions: tuple[str, ...]
+    mask: str = ""
+    mask_kind: Literal["mask", "segmentation"] = "mask"
 
 
 class LatentRow(Record):
@@ -108,6 +112,8 @@ class LatentRow(Record):
         crop: (top, left) of the crop in the resized picture, as really cut.
         target_size: (width, height) in pixels of the crop; the bucket.
         bucket: Aspect ratio of the bucket as SimpleTuner names it, such as ``"1.75"``.
+        mask: Content key of its mask, cut like the picture; empty for a picture without one.
+        mask_shard: File name of the mask's shard.
     """
 
     sample: str
@@ -118,6 +124,8 @@ class LatentRow(Record):
     crop: tuple[int, int]
     target_size: tuple[int, int]
     bucket: str
+    mask: str = ""
+    mask_shard: str = ""
 
 
 class TextRow(Record):

@@ -40,7 +40,7 @@ _TRAIN_KEYS = (
     "lr_warmup_steps", "lr_end", "lr_power", "lr_num_cycles", "grad_clip_method", "caption_dropout_probability",
     "disable_segmented_timestep_sampling", "seed", "checkpoint_step_interval", "checkpoints_total_limit",
     "resume_from_checkpoint", "log_step_interval", "data_backend_sampling", "layer_freeze_strategy",
-    "gradient_checkpointing_interval", "attention_mechanism", "base_model_precision",
+    "gradient_checkpointing_interval", "attention_mechanism", "base_model_precision", "masked_loss_probability",
 )  # fmt: skip
 
 
@@ -154,7 +154,11 @@ def build_sections(base: Base, data: Data, where: str, cwd: Path, problems: list
         return None
     return Sections(
         download=DownloadSection.model_validate(
-            {"datasets": tuple(entry.source for entry in data.pictures), **values.pick("max_skipped_share")}
+            {
+                "datasets": tuple(entry.source for entry in data.pictures),
+                "masks": tuple(entry.masks for entry in data.masks),
+                **values.pick("max_skipped_share"),
+            }
         ),
         cache_vae=CacheVaeSection.model_validate(
             {
@@ -209,6 +213,9 @@ def _train(base: Base, data: Data, where: str, cwd: Path, problems: list[Problem
     _check_schedule(train, values, where, problems)
     _check_machinery(train, where, problems)
     _check_stages(train, data, problems)
+    if train.masked_loss_probability < 1 and not data.masks:
+        message = "has no effect without masks: give a dataset conditioning_data, or remove it."
+        problems.append(Problem(f"{where}.masked_loss_probability", message))
     return train
 
 

@@ -9,7 +9,8 @@ from typing import Literal
 from kubetuner.config.caption_sections import DatasetCaptions
 from kubetuner.config.data_captions import read_filters, read_shuffle
 from kubetuner.config.data_crops import read_crop
-from kubetuner.config.data_keys import PICTURE_SCHEMA, TEXT_SCHEMA
+from kubetuner.config.data_keys import MASK_SCHEMA, PICTURE_SCHEMA, TEXT_SCHEMA
+from kubetuner.config.data_masks import MaskData, MaskLinks
 from kubetuner.config.data_sampling import read_sampling
 from kubetuner.config.data_sources import flatten_hub, read_storage
 from kubetuner.config.keys import Values, plain_name, read
@@ -52,10 +53,12 @@ class Data:
     """All enabled entries.
 
     Attributes:
+        masks: Those that hold masks.
         notes: What was accepted and has no effect here.
     """
 
     pictures: tuple[PictureData, ...] = ()
+    masks: tuple[MaskData, ...] = ()
     notes: tuple[str, ...] = ()
 
     def of(self, dataset_type: Literal["image", "eval"]) -> tuple[PictureData, ...]:
@@ -74,6 +77,7 @@ class _Seen:
     text_of: dict[str, str] = field(default_factory=dict)
     references: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    masks: MaskLinks = field(default_factory=MaskLinks)
 
 
 def read_data(
@@ -105,7 +109,7 @@ def read_data(
         faults: list[Problem] = []
         fields = _fill(flatten_hub(entry, where, faults), facts)
         kind = next((value for name, value in fields.items() if plain_name(name) == "dataset_type"), None)
-        schema = TEXT_SCHEMA if kind == "text_embeds" else PICTURE_SCHEMA
+        schema = {"text_embeds": TEXT_SCHEMA, "conditioning": MASK_SCHEMA}.get(str(kind), PICTURE_SCHEMA)
         values = read(fields, schema, where, faults)
         if values.flag("disabled"):
             continue
@@ -115,13 +119,17 @@ def read_data(
         _note_discovery(values, where, seen, problems)
         if kind == "text_embeds":
             _read_texts(values, where, cwd, seen, problems)
+        elif kind == "conditioning":
+            _check_cache_dir(values, "cache_dir_vae", where, seen, problems)
+            seen.masks.add(values, where, problems)
         elif (picture := _read_pictures(values, run, where, seen, problems, facts=facts)) is not None:
             pictures.append(picture)
     for where, name in seen.references:
         if name not in seen.text_filters:
             problems.append(Problem(where, f"names {name!r}, but no entry with dataset_type text_embeds has that id."))
     pictures = [_with_filters(picture, seen) for picture in pictures]
-    data = Data(tuple(pictures), (*seen.notes, *_unused_filters(pictures, seen)))
+    masks = seen.masks.linked(seen.ids, problems)
+    data = Data(tuple(pictures), masks, (*seen.notes, *_unused_filters(pictures, seen)))
     if not data.of("image") and not problems:
         problems.append(Problem(file, "has no enabled entry with dataset_type image; there is nothing to train on."))
     if data.of("image") and all(entry.sampling.is_regularisation_data for entry in data.of("image")):
@@ -204,6 +212,7 @@ def _read_pictures(
     if "text_embeds" in values:
         seen.references.append((f"{where}.text_embeds", values.text("text_embeds")))
         seen.text_of[values.text("id")] = values.text("text_embeds")
+    seen.masks.note(values, where, problems)
     storage = read_storage(values, run, where, problems)
     _check_captions(values, run, where, problems)
     sampling = read_sampling(values, where, problems, seen.notes, facts=facts)

@@ -4,9 +4,7 @@ from kubetuner.config.keys import Alias, Foreign, Key, Later, Rule, Schema, Unne
 
 TYPES = ("local", "gcs", "huggingface", "csv", "aws")
 TYPES_LATER = frozenset({"webshart", "memory"})
-DATASET_TYPES_LATER = frozenset(
-    {"image_embeds", "conditioning", "conditioning_image_embeds", "video", "audio", "caption"}
-)
+DATASET_TYPES_LATER = frozenset({"image_embeds", "conditioning_image_embeds", "video", "audio", "caption"})
 _STORE = "caches are artifacts, kept by content in the store"
 _SECRET = (
     "Keys in this file would be written into the pipeline's parameters; put them into the environment of the pods "
@@ -14,11 +12,17 @@ _SECRET = (
 )
 _CURRICULUM = "a schedule in epochs (start_step and end_step count optimizer steps) is"
 _LISTED_ANEW = "listings are not kept between runs; each plan lists the folder anew"
-_CONDITIONING = "conditioning datasets are"
+_GENERATED = (
+    "Masks and control pictures are not made on the fly (random_masks, canny, depth, …): masks are files, which can be "
+    "looked at and are cached. Make them once and name their entry in conditioning_data."
+)
+_LIKE_PICTURES = "masks are resized and cropped exactly as their pictures are"
+_WITH_PICTURES = "a mask is used whenever its picture is"
+_NO_CAPTIONS = "masks have no captions"
 
 _COMMON: dict[str, Rule] = {
     "id": Key("str", nullable=False),
-    "dataset_type": Key("str", one_of("image", "eval", "text_embeds"), later=DATASET_TYPES_LATER),
+    "dataset_type": Key("str", one_of("image", "eval", "text_embeds", "conditioning"), later=DATASET_TYPES_LATER),
     "disabled": Key("bool"),
     "write_batch_size": Unneeded("int", "shards are written whole"),
     "read_batch_size": Unneeded("int", "pictures are read as they are needed"),
@@ -106,9 +110,9 @@ _PICTURES: dict[str, Rule] = {
     "parquet": Later("captions from parquet files are"),
     "caption_shuffle": Key("json"),
     "caption_filter_list": Foreign("It belongs to the entry with dataset_type text_embeds that the dataset uses."),
-    "conditioning_data": Later(_CONDITIONING),
-    "conditioning_type": Later(_CONDITIONING),
-    "conditioning": Later(_CONDITIONING),
+    "conditioning_data": Key("texts"),
+    "conditioning_type": Foreign("It belongs to the entry with dataset_type conditioning that this one names."),
+    "conditioning": Foreign(_GENERATED),
     "vae_cache_clear_each_epoch": Later("encoding latents anew each epoch is", (False,)),
     "vae_cache_disable": Later("training without cached latents is", (False,)),
     "vae_cache_ondemand": Later("encoding latents while training is", (False,)),
@@ -128,6 +132,36 @@ _TEXTS: dict[str, Rule] = {
     "caption_filter_list": Key("json"),
 }
 
+# Keys of a picture entry that an entry of masks may repeat; its pictures have already decided.
+_MASKS: dict[str, Rule] = {
+    **{name: Unneeded("float", _LIKE_PICTURES) for name in (
+        "resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size", "minimum_aspect_ratio",
+        "maximum_aspect_ratio", "max_upscale_threshold", "aspect_bucket_alignment", "aspect_bucket_rounding",
+    )},
+    **{name: Unneeded("str", _LIKE_PICTURES) for name in ("resolution_type", "crop_style", "crop_aspect")},
+    "crop": Unneeded("bool", _LIKE_PICTURES),
+    "crop_aspect_buckets": Unneeded("json", _LIKE_PICTURES),
+    **{name: Unneeded("float", _WITH_PICTURES) for name in ("repeats", "probability", "train_batch_size")},
+    **{name: Unneeded("int", _WITH_PICTURES) for name in ("start_epoch", "end_epoch", "start_step", "end_step")},
+    "is_regularisation_data": Unneeded("bool", _WITH_PICTURES),
+    **{name: Unneeded("str", _NO_CAPTIONS) for name in ("caption_strategy", "text_embeds")},
+    **{name: Unneeded("bool", _NO_CAPTIONS) for name in (
+        "prepend_instance_prompt", "only_instance_prompt", "disable_multiline_split",
+    )},
+    "instance_prompt": Unneeded("texts", _NO_CAPTIONS),
+    "instance_data_dir": Key("str"),
+    "conditioning_type": Key(
+        "str", one_of("mask", "segmentation"), later=frozenset({"controlnet", "reference_strict", "reference_loose"})
+    ),
+    "conditioning": Foreign(_GENERATED),
+    "max_num_samples": Foreign("Masks are chosen by their pictures; the limit belongs to the pictures' entry."),
+    **{name: _PICTURES[name] for name in (
+        "metadata_backend", "disable_validation", "vae_cache_clear_each_epoch", "vae_cache_disable",
+        "vae_cache_ondemand", "scan_for_errors", "delete_unwanted_images", "delete_problematic_images",
+        "override_dataset_config", "metadata_update_interval", "cache_dir", "cache_dir_vae",
+    )},
+}  # fmt: skip
+
 _ALIASES: dict[str, Alias] = {
     "disable": Alias("disabled"),
     "instance_data_root": Alias("instance_data_dir"),
@@ -136,4 +170,5 @@ _ALIASES: dict[str, Alias] = {
 }
 
 PICTURE_SCHEMA = Schema(rules={**_COMMON, **_STORAGE, **_PICTURES}, aliases=_ALIASES)
+MASK_SCHEMA = Schema(rules={**_COMMON, **_STORAGE, **_MASKS}, aliases=_ALIASES)
 TEXT_SCHEMA = Schema(rules={**_COMMON, **_TEXTS}, aliases={"disable": Alias("disabled")})

@@ -87,8 +87,6 @@ LATER: dict[str, Rule] = {
     "musubi_blocks_to_swap": Later("swapping of blocks is", (0,)),
     "enable_group_offload": Later("offloading is", (False,)),
     "controlnet": Later("ControlNet training is", (False,)),
-    "masked_loss_probability": Later("masked loss is", (1.0,)),
-    "conditioning_multidataset_sampling": Later("conditioning datasets are"),
     "scan_for_errors": Later("rescanning caches (records are checked as they are read) is", (False,)),
     "delete_unwanted_images": Later("deleting pictures is", (False,)),
     "delete_problematic_images": Later("deleting pictures is", (False,)),

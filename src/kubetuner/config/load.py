@@ -132,12 +132,22 @@ def load(
         sections=sections,
         data=entries,
         output_dir=values.text("output_dir"),
-        notes=(*(f"{config_name}.{note}" for note in values.notes), *entries.notes, *_never_drawn(entries, sections)),
+        notes=(
+            *(f"{config_name}.{note}" for note in (*values.notes, *_one_mask(values))),
+            *entries.notes,
+            *_never_drawn(entries, sections),
+        ),
         report_to=values.text("report_to"),
         tracker_project_name=values.text("tracker_project_name"),
         tracker_run_name=values.text("tracker_run_name"),
         allow_dataset_oversubscription=values.flag("allow_dataset_oversubscription"),
     )
+
+
+def _one_mask(values: Values) -> list[str]:
+    name = "conditioning_multidataset_sampling"
+    reason = "a dataset of pictures has one dataset of masks, so there is nothing to choose"
+    return [f"`{name}`: {reason}"] if name in values else []
 
 
 def _never_drawn(data: Data, sections: Sections) -> list[str]:

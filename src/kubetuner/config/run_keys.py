@@ -87,6 +87,12 @@ TRAIN_RULES: dict[str, Rule] = {
     "resume_from_checkpoint": Key("str"),
     "log_step_interval": Key("int", low=1),
     "data_backend_sampling": Key("str", one_of("auto-weighting", "uniform")),
+    "masked_loss_probability": Key("float", low=0, high=1),
+    "conditioning_multidataset_sampling": Key(
+        "str",
+        one_of("random"),
+        refused={"combined": "it shows several control pictures to the model at once, and a loss has one mask."},
+    ),
 }
 
 EVALUATE_RULES: dict[str, Rule] = {

@@ -200,6 +200,7 @@ class TrainSection(Section):
         lr_num_cycles: Restarts or waves over the whole run.
         optimizer_options: ``optimizer_config``, checked and typed.
         ema: ``None`` without ``use_ema``.
+        masked_loss_probability: How likely a sample's mask is used, 0..1, where it has one.
         nonfinite_loss: What to do with a step whose loss or gradient is not finite.
         log_step_interval: Optimizer steps between logged points.
         seed: Seeds noise, timesteps, caption dropout, sampling order and adapter initialisation.
@@ -245,6 +246,7 @@ class TrainSection(Section):
     loss: LossSettings = LossSettings()
     noise: NoiseSettings = NoiseSettings()
     ema: EmaSettings | None = None
+    masked_loss_probability: float = 1.0
     nonfinite_loss: Literal["stop", "skip"] = "stop"
     seed: int = 42
     checkpoint_step_interval: int = 500

@@ -4,6 +4,8 @@ from typing import Literal
 
 from kubetuner.config.section import Section
 
+MaskKind = Literal["mask", "segmentation"]
+
 
 class TableColumns(Section):
     """A table with one picture a row (``type: csv``).
@@ -92,13 +94,29 @@ class DatasetSource(Section):
     newest: int = 0
 
 
+class MaskSource(Section):
+    """A dataset of masks (``dataset_type: conditioning``).
+
+    Attributes:
+        source: Where they come from.
+        kind: ``conditioning_type``: ``mask`` weights the loss by brightness, ``segmentation`` keeps what is not black.
+        of: Ids of the picture datasets that name it in ``conditioning_data``; at least one.
+    """
+
+    source: DatasetSource
+    kind: MaskKind
+    of: tuple[str, ...]
+
+
 class DownloadSection(Section):
     """Settings of ``download_dataset``.
 
     Attributes:
         datasets: Sources, in the order of the data file.
+        masks: Sources of masks for some of ``datasets``, at most one for each.
         max_skipped_share: Share of undecodable pictures in 0..1 above which the step fails.
     """
 
     datasets: tuple[DatasetSource, ...]
+    masks: tuple[MaskSource, ...] = ()
     max_skipped_share: float = 0.1

@@ -32,6 +32,7 @@ from kubetuner.artifacts import (
 from kubetuner.config.schedule import stages, weights
 from kubetuner.config.sections import DatasetSampling, TrainSection
 from kubetuner.data.latents import draw_latents, latent_names
+from kubetuner.data.masks import WEIGHTS
 from kubetuner.data.rows import Positions, RowFile
 from kubetuner.data.shards import ShardReader
 from kubetuner.errors import ArtifactError, DatasetError
@@ -54,11 +55,13 @@ class Batch:
         rows: The samples; all of one dataset and one target size.
         latents: float32 ``[B, C, h, w]``.
         texts: Per sample the tensors of its caption; ``None`` for a dropped one.
+        masks: float32 ``[B, 1, h, w]`` in 0..1, 1 for a sample without a mask; ``None`` where none has one.
     """
 
     rows: tuple[LatentRow, ...]
     latents: Tensor
     texts: tuple[dict[str, Tensor] | None, ...]
+    masks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,8 @@ class Batches:
         posterior = torch.Generator().manual_seed(
             random.Random(f"{self._section.seed}/latents/{position}").getrandbits(63)
         )
-        return Batch(rows, torch.stack([self._samples.latents(row, posterior) for row in rows]), texts)
+        latents = torch.stack([self._samples.latents(row, posterior) for row in rows])
+        return Batch(rows, latents, texts, self._masks(rows, latents))
 
     def epochs(self, micro_steps: int) -> float:
         """Epochs gone through after that many micro-steps, at least 1 of them."""
@@ -137,6 +141,17 @@ class Batches:
             step = position // self._section.gradient_accumulation_steps + 1
             raise DatasetError(f"no dataset is drawn from in step {step}; correct start_step and end_step and run plan")
         return stretch
+
+    def _masks(self, rows: Sequence[LatentRow], latents: Tensor) -> Tensor | None:
+        if not any(row.mask for row in rows):
+            return None
+        size = latents.shape[-2:]
+        masks = [self._samples.mask(row) if row.mask else torch.ones(1, *size) for row in rows]
+        for row, mask in zip(rows, masks, strict=True):
+            if mask.shape[1:] != size:
+                got, wanted = ("x".join(map(str, shape)) for shape in (mask.shape[1:], size))
+                raise ArtifactError(f"the mask of {row.sample} is {got} and its latents {wanted}; run cache_vae again")
+        return torch.stack(masks)
 
     def _caption(self, row: LatentRow, position: int, place: int) -> dict[str, Tensor] | None:
         chance = random.Random(f"{self._section.seed}/caption/{position}/{place}")
@@ -230,6 +245,10 @@ class EncodedSamples:
     def latents(self, row: LatentRow, posterior: torch.Generator) -> Tensor:
         """The latents of a sample, float32 ``[C, h, w]``; drawn by ``posterior`` where the cache holds moments."""
         return draw_latents(self._read(row.key, row.shard, self._latent_names[row.shard]), posterior)
+
+    def mask(self, row: LatentRow) -> Tensor:
+        """The mask of a sample that has one, float32 ``[1, h, w]``."""
+        return self._read(row.mask, row.mask_shard, (WEIGHTS,))[WEIGHTS]
 
     def text(self, text: str) -> dict[str, Tensor]:
         """The embedding of a caption by tensor name; floating tensors are float32."""

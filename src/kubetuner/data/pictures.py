@@ -7,6 +7,7 @@ on white; 16-bit pictures keep their upper 8 bits. Only :func:`to_pixels` needs 
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,17 @@ def check_picture(data: bytes) -> PictureInfo:
     return PictureInfo(image.width, image.height, _EXTENSIONS.get(kind, kind))
 
 
+def decode_mask(data: bytes) -> tuple[Image.Image, str]:
+    """A mask's bytes as an upright RGB picture, and the usual file extension of their format.
+
+    Raises:
+        PictureError: They are damaged, too large or no picture, or a part is transparent: whether that counts or not
+            nobody can tell, and shown on white, as pictures are, it would count in full.
+    """
+    image, kind = _decode(data, None, _opaque_to_rgb)
+    return image, _EXTENSIONS.get(kind, kind)
+
+
 def measure(header: bytes) -> tuple[int, int]:
     """(width, height) of the upright picture, from its first bytes; no pixels are decoded.
 
@@ -151,8 +163,10 @@ def to_pixels(image: Image.Image, placement: Placement) -> "Tensor":
     return (pixels.permute(2, 0, 1).to(torch.float32) / 127.5 - 1.0).contiguous()
 
 
-def _decode(data: bytes, path: Path | None) -> tuple[Image.Image, str]:
-    """The upright RGB picture and the lower-case name of its format."""
+def _decode(
+    data: bytes, path: Path | None, convert: Callable[[Image.Image], Image.Image] | None = None
+) -> tuple[Image.Image, str]:
+    """The upright RGB picture, as ``convert`` (default: on white) makes it, and the lower-case name of its format."""
     if not data:
         raise PictureError("empty file", path)
     try:
@@ -161,7 +175,7 @@ def _decode(data: bytes, path: Path | None) -> tuple[Image.Image, str]:
             kind = (image.format or "bin").lower()
             image.load()
             orientation = _orientation(image)
-            upright = _to_rgb(image)
+            upright = (convert or _to_rgb)(image)
     except (OSError, *_DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PictureError(_explain(error), path) from error
     return (upright.transpose(_TURNS[orientation]) if orientation in _TURNS else upright), kind
@@ -191,6 +205,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
+
+
+def _opaque_to_rgb(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+        raise PictureError("a part of it is transparent; save it without transparency: white counts, black does not")
+    return _to_rgb(image)
 
 
 def _explain(error: Exception) -> str:

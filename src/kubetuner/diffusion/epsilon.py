@@ -60,7 +60,7 @@ class EpsilonProcess:
 
     def loss(self, prediction: Tensor, sample: NoisySample) -> Tensor:
         """Weighted loss per sample."""
-        return sample_losses(self.scoring, prediction, sample.target, sample.weights, sample.turns)
+        return sample_losses(self.scoring, prediction, sample.target, sample.weights, sample.turns, sample.mask)
 
 
 def timestep_weights(bias: TimestepBias, steps: int) -> Tensor:

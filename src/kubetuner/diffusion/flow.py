@@ -74,7 +74,7 @@ class FlowProcess:
 
     def loss(self, prediction: Tensor, sample: NoisySample) -> Tensor:
         """Weighted loss per sample."""
-        return sample_losses(self.scoring, prediction, sample.target, sample.weights, sample.turns)
+        return sample_losses(self.scoring, prediction, sample.target, sample.weights, sample.turns, sample.mask)
 
     def _draw(self, count: int, generator: Generator) -> Tensor:
         match self.schedule.density:

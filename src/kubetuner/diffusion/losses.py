@@ -46,10 +46,19 @@ def huber_turns(loss: LossSettings, progress: Tensor, noise_to_signal: Tensor) -
             return (1 - loss.huber_c) / (1 + noise_to_signal).square() + loss.huber_c
 
 
-def sample_losses(loss: LossSettings, prediction: Tensor, target: Tensor, weights: Tensor, turns: Tensor) -> Tensor:
+def sample_losses(
+    loss: LossSettings,
+    prediction: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    turns: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Weighted mean loss per sample, float32 ``[B]``.
 
     With difference d and c of ``turns``: ``l2`` is d², ``huber`` 2c(√(d² + c²) - c), ``smooth_l1`` 2(√(d² + c²) - c).
+    A ``mask`` ``[B, 1, h, w]`` multiplies that before the mean, which still divides by the whole area: a picture of
+    which half counts has half the say, as in SimpleTuner.
     """
     squares = (prediction.float() - target.float()).square()
     if loss.type != "l2":
@@ -57,4 +66,6 @@ def sample_losses(loss: LossSettings, prediction: Tensor, target: Tensor, weight
         squares = 2 * ((squares + c.square()).sqrt() - c)
         if loss.type == "huber":
             squares = squares * c
+    if mask is not None:
+        squares = squares * mask
     return squares.flatten(1).mean(1) * weights

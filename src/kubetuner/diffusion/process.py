@@ -1,7 +1,7 @@
 """What every noise process offers the training loop and the evaluation."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 from torch import Generator, Tensor
@@ -17,6 +17,7 @@ class NoisySample:
         target: What the prediction is compared with, float32 ``[B, C, h, w]``.
         weights: Factor of each sample's loss, float32 ``[B]``.
         turns: ``huber_c`` of each sample, float32 ``[B]``; not used by the squared error.
+        mask: How much each latent pixel's loss counts, float32 ``[B, 1, h, w]`` in 0..1; ``None`` for 1 everywhere.
     """
 
     noisy_latents: Tensor
@@ -24,10 +25,16 @@ class NoisySample:
     target: Tensor
     weights: Tensor
     turns: Tensor
+    mask: Tensor | None = None
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in the order of the constructor."""
-        return self.noisy_latents, self.timesteps, self.target, self.weights, self.turns
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        found = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: tensor for name, tensor in found if tensor is not None}
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "NoisySample":
+        """The same with every tensor changed."""
+        return NoisySample(**{name: change(tensor) for name, tensor in self.tensors().items()})
 
 
 class NoiseProcess(Protocol):

@@ -32,6 +32,7 @@ from kubetuner.data.geometry import LeftOut, Placement, Size, place
 from kubetuner.data.pictures import open_picture, to_pixels
 from kubetuner.errors import ArtifactError
 from kubetuner.progress import Progress
+from kubetuner.steps.cache_masks import CachedMasks, cache_masks
 from kubetuner.steps.download_dataset import read_dataset
 from kubetuner.store import Store, resolve_store
 
@@ -89,19 +90,22 @@ def _cache(section: CacheVaeSection, dataset: Path, out: Path, part: tuple[int, 
     namespace = f"{kind}-{fingerprint(section.model.vae_identity(), section.dtype)[:16]}"
     # The samples are read several times, so that however many there are, only their keys are held in memory.
     samples = (section, dataset, *part)
-    sizes = {item.key: item.placement.target_size for item in _place_all(*samples) if isinstance(item, _Placed)}
+    sizes = {item.key: item.placement.target_size for item in _placed(*samples)}
     known = store.known(namespace, sizes.keys())
     missing = {key: size for key, size in sizes.items() if key not in known}
     written = _encode(section, store, namespace, len(missing), _read_ahead(dataset, _by_size(samples, missing)))
     known |= written
+    masks = cache_masks(section, store, dataset, lambda: _placed(*samples))
     skipped: list[Skipped] = []
     out.mkdir(parents=True, exist_ok=True)
-    count = write_rows(out, LATENTS_FILE, _rows(_place_all(*samples), known, skipped))
+    count = write_rows(out, LATENTS_FILE, _rows(_place_all(*samples), known, masks, skipped))
     for skip in skipped:
         logger.warning("skipped %s: %s", skip.name, skip.reason)
     logger.info("latents: %d reused, %d encoded, %d skipped", count - len(written), len(written), len(skipped))
     shards = {entry.file: entry for entry in known.values()}
-    shapes = store.shapes(shards.values())
+    tensors = {
+        name: TensorSpec(dtype=section.dtype, shape=shape) for name, shape in store.shapes(shards.values()).items()
+    }
     return LatentsArtifact(
         fingerprint=fingerprint(section.deciding(), source.fingerprint, part),
         parents=(source.fingerprint,),
@@ -109,8 +113,8 @@ def _cache(section: CacheVaeSection, dataset: Path, out: Path, part: tuple[int, 
         num_samples=count,
         encoded=len(written),
         reused=count - len(written),
-        tensors={name: TensorSpec(dtype=section.dtype, shape=shape) for name, shape in shapes.items()},
-        shards=tuple(shards[file] for file in sorted(shards)),
+        tensors=tensors | masks.tensors(),
+        shards=(*(shards[file] for file in sorted(shards)), *masks.shards()),
         skipped=tuple(skipped),
     )
 
@@ -135,15 +139,23 @@ def _place_all(section: CacheVaeSection, dataset: Path, shard: int, num_shards: 
         yield _Placed(sample, placement, key)
 
 
+def _placed(section: CacheVaeSection, dataset: Path, shard: int, num_shards: int) -> Iterator[_Placed]:
+    """As :func:`_place_all`, without the samples that are skipped."""
+    return (item for item in _place_all(section, dataset, shard, num_shards) if isinstance(item, _Placed))
+
+
 def _rows(
-    items: Iterable[_Placed | Skipped], known: Mapping[str, ShardEntry], skipped: list[Skipped]
+    items: Iterable[_Placed | Skipped],
+    known: Mapping[str, ShardEntry],
+    masks: CachedMasks,
+    skipped: list[Skipped],
 ) -> Iterator[LatentRow]:
     """The rows of the items that are encoded; the others are appended to ``skipped``."""
     for item in items:
         if isinstance(item, Skipped):
             skipped.append(item)
         elif item.key in known:
-            yield _row(item, known[item.key])
+            yield _row(item, known[item.key]).model_copy(update=masks.of(item))
         else:
             skipped.append(Skipped(name=item.sample.id, reason=NOT_FINITE))
 
@@ -152,8 +164,8 @@ def _by_size(samples: _Part, missing: Mapping[str, Size]) -> Iterator[_Placed]:
     """The first item with each key of ``missing``, those of one target size together."""
     for size in sorted(set(missing.values())):
         left = {key for key, its in missing.items() if its == size}
-        for item in _place_all(*samples):
-            if isinstance(item, _Placed) and item.key in left:
+        for item in _placed(*samples):
+            if item.key in left:
                 left.remove(item.key)
                 yield item
 

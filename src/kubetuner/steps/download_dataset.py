@@ -37,6 +37,7 @@ from kubetuner.sources.base import PICTURE_EXTENSIONS, Item, ItemError, Listing,
 from kubetuner.sources.subset import subset
 from kubetuner.sources.switch import open_source
 from kubetuner.sources.threads import in_threads
+from kubetuner.steps.download_masks import MaskOrigin, open_masks, take_mask
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class _Picture:
 
     origin: _Origin
     item: Item
+    masks: MaskOrigin | None
 
     @property
     def dataset(self) -> str:
@@ -101,10 +103,10 @@ def read_dataset(folder: Path) -> DatasetArtifact:
 
 
 def _download(section: DownloadSection, out: Path) -> DatasetArtifact:
-    taken: list[tuple[_Picture, Sample, FileEntry]] = []
+    taken: list[tuple[_Picture, Sample, tuple[FileEntry, ...]]] = []
     skipped: list[tuple[str, Skipped]] = []
     with ExitStack() as stack:
-        pictures = _list(section.datasets, stack)
+        pictures = _list(section, stack)
         progress = stack.enter_context(Progress("download_dataset", len(pictures), "pictures"))
         for picture, result in zip(pictures, _take_all(pictures, out), strict=True):
             if isinstance(result, Skipped):
@@ -115,26 +117,35 @@ def _download(section: DownloadSection, out: Path) -> DatasetArtifact:
             progress.advance(note=f"{len(skipped)} skipped" if skipped else "")
     _judge(section, pictures, skipped)
     samples = _in_order(section, taken)
-    entries = {entry.path: entry for _, _, entry in taken}
+    entries = {entry.path: entry for _, _, files in taken for entry in files}
     _remove_others(out, set(entries))
     write_rows(out, SAMPLES_FILE, samples)
     entries[SAMPLES_FILE] = describe_file(out, SAMPLES_FILE)
     return DatasetArtifact(
-        fingerprint=fingerprint("dataset", [[sample.id, sample.sha256, sample.captions] for sample in samples]),
+        fingerprint=fingerprint("dataset", [_content(sample) for sample in samples]),
         files=tuple(entries[path] for path in sorted(entries)),
         num_samples=len(samples),
         skipped=tuple(skip for _, skip in skipped),
     )
 
 
-def _list(datasets: Sequence[DatasetSource], stack: ExitStack) -> list[_Picture]:
+def _content(sample: Sample) -> list[object]:
+    """What a sample is, wherever it came from."""
+    mask = [sample.mask, sample.mask_kind] if sample.mask else []
+    return [sample.id, sample.sha256, sample.captions, *mask]
+
+
+def _list(section: DownloadSection, stack: ExitStack) -> list[_Picture]:
     """Every dataset's pictures; what is wrong with any dataset is told at once. ``stack`` closes the sources."""
     pictures: list[_Picture] = []
     problems: list[str] = []
-    for settings in datasets:
+    masks = {dataset: one for one in section.masks for dataset in one.of}
+    for settings in section.datasets:
         try:
             source = stack.enter_context(closing(open_source(settings)))
             listing = as_planned(source.listing(), settings.revision, settings.newest)
+            chosen = subset(listing.pictures, settings.id, settings.max_num_samples)
+            theirs = open_masks(masks[settings.id], chosen, stack) if settings.id in masks else None
         except DatasetError as error:
             problems.append(f"dataset {settings.id!r}: {error}")
             continue
@@ -142,50 +153,60 @@ def _list(datasets: Sequence[DatasetSource], stack: ExitStack) -> list[_Picture]
             known = " ".join(sorted(PICTURE_EXTENSIONS))
             problems.append(f"dataset {settings.id!r}: no picture in {source.place} (looked for {known})")
         origin = _Origin(settings, source, listing)
-        pictures += (_Picture(origin, item) for item in subset(listing.pictures, settings.id, settings.max_num_samples))
+        pictures += (_Picture(origin, item, theirs) for item in chosen)
     if problems:
         raise DatasetError("; ".join(problems))
     return pictures
 
 
-def _in_order(section: DownloadSection, taken: Sequence[tuple[_Picture, Sample, FileEntry]]) -> list[Sample]:
+def _in_order(section: DownloadSection, taken: Sequence[tuple[_Picture, Sample, object]]) -> list[Sample]:
     """Samples by dataset, as the data file has them, and name; the order of reading differs from source to source."""
     position = {settings.id: index for index, settings in enumerate(section.datasets)}
     ordered = sorted(taken, key=lambda one: (position[one[0].dataset], one[0].item.name))
     return [sample for _, sample, _ in ordered]
 
 
-def _take_all(pictures: Sequence[_Picture], out: Path) -> Iterator[tuple[Sample, FileEntry] | Skipped]:
+def _take_all(pictures: Sequence[_Picture], out: Path) -> Iterator[tuple[Sample, tuple[FileEntry, ...]] | Skipped]:
     """Take in ``pictures`` on several threads, in order."""
     readers = max((picture.origin.source.readers for picture in pictures), default=1)
     return in_threads(lambda picture: _take(picture, out), pictures, readers, "download")
 
 
-def _take(picture: _Picture, out: Path) -> tuple[Sample, FileEntry] | Skipped:
-    """Check one picture and copy its bytes; the bytes that are hashed are the ones that were decoded."""
+def _take(picture: _Picture, out: Path) -> tuple[Sample, tuple[FileEntry, ...]] | Skipped:
+    """Check one picture, and its mask, and copy their bytes; the bytes hashed are the ones that were decoded."""
     try:
         origin = picture.origin
         captions = captions_for(origin.settings, picture.item, origin.listing, origin.source)
         _refuse_unprintable(picture, captions)
         data = origin.source.read(picture.item)
         info = check_picture(data)
+        mask = take_mask(picture.masks, picture.item, (info.width, info.height)) if picture.masks else None
     except (CaptionError, PictureError, ItemError) as error:
         return Skipped(name=picture.id, reason=error.reason)
-    digest = hashlib.sha256(data).hexdigest()
-    file = f"{FILES_FOLDER}/{digest[:2]}/{digest}.{info.extension}"
-    target = out / file
-    if not (target.is_file() and target.stat().st_size == len(data) and sha256_of(target) == digest):
-        write_atomically(target, lambda path: _write_bytes(path, data))
+    entry = _keep(out, data, info.extension)
     sample = Sample(
         id=picture.id,
         dataset=picture.dataset,
-        file=file,
-        sha256=digest,
+        file=entry.path,
+        sha256=entry.sha256,
         width=info.width,
         height=info.height,
         captions=captions,
     )
-    return sample, FileEntry(path=file, bytes=len(data), sha256=digest)
+    if mask is None:
+        return sample, (entry,)
+    kept = _keep(out, mask.data, mask.extension)
+    return sample.model_copy(update={"mask": kept.path, "mask_kind": mask.kind}), (entry, kept)
+
+
+def _keep(out: Path, data: bytes, extension: str) -> FileEntry:
+    """Write ``data`` under the name that its content gives it, unless it is there."""
+    digest = hashlib.sha256(data).hexdigest()
+    file = f"{FILES_FOLDER}/{digest[:2]}/{digest}.{extension}"
+    target = out / file
+    if not (target.is_file() and target.stat().st_size == len(data) and sha256_of(target) == digest):
+        write_atomically(target, lambda path: _write_bytes(path, data))
+    return FileEntry(path=file, bytes=len(data), sha256=digest)
 
 
 def _refuse_unprintable(picture: _Picture, captions: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from kubetuner.steps.plan_datasets import (
     unreadable_problems,
 )
 from kubetuner.steps.plan_machinery import library_problems
+from kubetuner.steps.plan_masks import PlannedMasks, open_masks
 from kubetuner.steps.plan_models import resolve_models
 from kubetuner.steps.plan_page import page
 
@@ -54,7 +56,10 @@ def make_plan(config: Mapping[str, object], data: Sequence[object] | None, *, cw
     run = load(config, data, cwd=cwd)
     problems: list[Problem] = []
     sections = resolve_models(run.sections, cwd, problems)
-    measured = [measure(entry, cwd, problems) for entry in run.data.pictures]
+    with ExitStack() as stack:
+        masks = open_masks(run.data.masks, cwd, stack, problems)
+        measured = [measure(one, cwd, problems, masks.theirs.get(one.source.id)) for one in run.data.pictures]
+    problems.extend(masks.problems(run.data.masks))
     train = sections.train
     raised: list[str] = []
     if run.allow_dataset_oversubscription:
@@ -66,11 +71,12 @@ def make_plan(config: Mapping[str, object], data: Sequence[object] | None, *, cw
     problems.extend(library_problems(sections.train))
     if problems:
         raise ConfigError(problems)
-    sections = _resolve_repeats(_resolve_datasets(sections, measured), measured)
+    sections = _resolve_repeats(_resolve_datasets(sections, measured, masks), measured)
     epoch = steps_per_epoch(measured, train)
     costs = estimate(sections, measured)
     summary = _summary(sections, measured, epoch, costs)
-    return Plan(sections, page(run, sections, measured, epoch, costs, raised), summary, run)
+    remarks = [*raised, *masks.remarks(run.data.masks)]
+    return Plan(sections, page(run, sections, measured, epoch, costs, remarks), summary, run)
 
 
 def _alignment_problems(sections: Sections, run: RunConfig) -> list[Problem]:
@@ -85,9 +91,9 @@ def _alignment_problems(sections: Sections, run: RunConfig) -> list[Problem]:
     ]
 
 
-def _resolve_datasets(sections: Sections, measured: Sequence[Measured]) -> Sections:
-    sources = tuple(one.source for one in measured)
-    return sections.model_copy(update={"download": sections.download.model_copy(update={"datasets": sources})})
+def _resolve_datasets(sections: Sections, measured: Sequence[Measured], masks: PlannedMasks) -> Sections:
+    found = {"datasets": tuple(one.source for one in measured), "masks": tuple(masks.sources)}
+    return sections.model_copy(update={"download": sections.download.model_copy(update=found)})
 
 
 def _resolve_repeats(sections: Sections, measured: Sequence[Measured]) -> Sections:

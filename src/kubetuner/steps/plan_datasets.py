@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from kubetuner.config.data import PictureData
 from kubetuner.config.schedule import stages
@@ -50,25 +51,40 @@ class Measured:
         """Usable pictures."""
         return sum(len(sizes) for sizes in self.buckets.values())
 
+    def lose(self, name: str, reason: str) -> None:
+        """Leave out a picture that is none, or damaged."""
+        self.skipped.append((name, reason))
+        self.unreadable.append(name)
+
     @property
     def trained_on(self) -> bool:
         """Whether the dataset is not held out."""
         return self.entry.source.dataset_type == "image"
 
 
-def measure(entry: PictureData, cwd: Path, problems: list[Problem]) -> Measured:
+class Masks(Protocol):
+    """The masks of a dataset's pictures; see :mod:`kubetuner.steps.plan_masks`."""
+
+    def look(self, pictures: Sequence[Item]) -> None:
+        """Find and measure the masks of ``pictures``."""
+
+    def refusal(self, picture: str, size: Size) -> str:
+        """Why a picture of ``size`` cannot be used with its mask, or nothing."""
+
+
+def measure(entry: PictureData, cwd: Path, problems: list[Problem], masks: Masks | None = None) -> Measured:
     """Place every picture by its header; what is wrong with the source or its captions goes to ``problems``."""
     measured = Measured(entry, located(entry.source, cwd))
     try:
         with closing(open_source(measured.source)) as source:
-            _measure(source, measured, problems)
+            _measure(source, measured, problems, masks)
     except DatasetError as error:
         measured.exists = False
         problems.append(Problem(entry.where, f"{error}."))
     return measured
 
 
-def _measure(source: Source, measured: Measured, problems: list[Problem]) -> None:
+def _measure(source: Source, measured: Measured, problems: list[Problem], masks: Masks | None) -> None:
     from kubetuner.data.geometry import LeftOut, place
 
     where = measured.entry.where
@@ -86,23 +102,26 @@ def _measure(source: Source, measured: Measured, problems: list[Problem]) -> Non
         problems.append(Problem(f"{where}.{source.key}", message))
         return
     pictures = subset(listing.pictures, measured.id, measured.source.max_num_samples)
-    sizes = in_threads(lambda item: _size(source, item), pictures, source.readers, "plan")
+    if masks is not None:
+        masks.look(pictures)
+    sizes = in_threads(lambda item: size_of(source, item), pictures, source.readers, "plan")
     with Progress(f"plan {measured.id}", len(pictures), "pictures") as progress:
         for item, size in zip(pictures, sizes, strict=True):
             progress.advance()
             if isinstance(size, str):
-                measured.skipped.append((item.name, size))
-                measured.unreadable.append(item.name)
+                measured.lose(item.name, size)
                 continue
             placement = place(measured.entry.geometry.geometry, *size, item.name)
             if isinstance(placement, LeftOut):
                 measured.skipped.append((item.name, placement.reason))
+            elif masks is not None and (refusal := masks.refusal(item.name, size)):
+                measured.lose(item.name, refusal)
             else:
                 measured.buckets.setdefault(placement.bucket, []).append(placement.target_size)
     _check_captions(pictures, listing, measured, problems)
 
 
-def _size(source: Source, item: Item) -> Size | str:
+def size_of(source: Source, item: Item) -> Size | str:
     """The upright picture's size, or why it has none."""
     from kubetuner.data.pictures import PictureError, measure
 

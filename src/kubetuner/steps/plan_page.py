@@ -21,7 +21,7 @@ def page(
     costs: Costs,
     raised: Sequence[str] = (),
 ) -> str:
-    """The whole page; ``raised`` says which repeats the plan changed."""
+    """The whole page; ``raised`` says which repeats the plan changed, and what was found about masks."""
     blocks = [
         "# Plan",
         _model(sections, epoch, costs),

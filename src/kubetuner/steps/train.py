@@ -114,7 +114,16 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
     return Job(
         section=section,
         denoiser=prepare_denoiser(section, family, device),
-        objective=Objective(family, process, batches.null, section.seed, bf16, section.noise, regularising),
+        objective=Objective(
+            family,
+            process,
+            batches.null,
+            section.seed,
+            bf16,
+            section.noise,
+            regularising,
+            section.masked_loss_probability,
+        ),
         batches=batches,
         epochs=batches.epochs,
         total_steps=_total_steps(section, batches.batches_per_epoch),

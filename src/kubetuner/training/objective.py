@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from kubetuner.config.objective import NoiseSettings
 from kubetuner.diffusion.process import NoiseProcess, NoisySample
 from kubetuner.families.base import Family, Named
 from kubetuner.families.lora import without_adapter
+from kubetuner.training.masks import draw_masks
 from kubetuner.training.noise import draw_noise
 from kubetuner.training.randomness import generator
 
@@ -33,6 +34,11 @@ class Batch(Protocol):
     @property
     def texts(self) -> Sequence[Named | None]:
         """Their captions' embeddings; ``None`` for a dropped caption."""
+        ...
+
+    @property
+    def masks(self) -> Tensor | None:
+        """How much each latent pixel counts, ``[B, 1, h, w]`` in 0..1; ``None`` where no sample has a mask."""
         ...
 
 
@@ -60,18 +66,17 @@ class Question:
 
     def on(self, device: torch.device) -> "Question":
         """The same on ``device``; from pinned memory without waiting for the copy."""
-        noisy = NoisySample(*(_to(tensor, device) for tensor in self.noisy.tensors()))
+        noisy = self.noisy.each(lambda tensor: _to(tensor, device))
         conditioning = {name: _to(tensor, device) for name, tensor in self.conditioning.items()}
         return replace(self, noisy=noisy, conditioning=conditioning)
 
     def named(self) -> Named:
         """All tensors by name."""
-        noisy = {field.name: getattr(self.noisy, field.name) for field in fields(self.noisy)}
-        return noisy | {f"conditioning.{name}": tensor for name, tensor in self.conditioning.items()}
+        return self.noisy.tensors() | {f"conditioning.{name}": tensor for name, tensor in self.conditioning.items()}
 
     def pinned(self) -> "Question":
         """The same in page-locked memory."""
-        noisy = NoisySample(*(tensor.pin_memory() for tensor in self.noisy.tensors()))
+        noisy = self.noisy.each(lambda tensor: tensor.pin_memory())
         conditioning = {name: tensor.pin_memory() for name, tensor in self.conditioning.items()}
         return replace(self, noisy=noisy, conditioning=conditioning)
 
@@ -85,6 +90,7 @@ class Objective:
         seed: Seed of noise and noise levels.
         noise: Changes to the noise.
         regularising: Ids of the datasets whose target is the base model's own prediction.
+        masked: How likely a sample's mask is used (``masked_loss_probability``), 0..1.
     """
 
     family: Family
@@ -94,6 +100,7 @@ class Objective:
     mixed_precision: bool
     noise: NoiseSettings = NoiseSettings()
     regularising: frozenset[str] = frozenset()
+    masked: float = 1.0
 
     def question(self, batch: Batch, step: int, micro: int) -> Question:
         """Draw noise and levels for ``batch`` and noise it, on the CPU."""
@@ -103,6 +110,8 @@ class Objective:
         noisy = self.process.add_noise(latents, noise.target, levels)
         if noise.input is not noise.target:
             noisy = replace(noisy, noisy_latents=self.process.add_noise(latents, noise.input, levels).noisy_latents)
+        if batch.masks is not None:
+            noisy = replace(noisy, mask=draw_masks(self.masked, batch.masks, self.seed, step, micro))
         conditioning = self.family.collate(batch.texts, self.null, batch.rows)
         names = tuple(row.sample for row in batch.rows)
         regularising = batch.rows[0].dataset in self.regularising

@@ -77,7 +77,7 @@ def texts(**more):
             "huggingface.dataset_name",
             "given twice",
         ),
-        ({"dataset_type": "conditioning"}, "dataset_type", "not available yet"),
+        ({"dataset_type": "image_embeds"}, "dataset_type", "not available yet"),
         ({"caption_strategy": "parquet"}, "caption_strategy", "not available yet"),
         ({"metadata_backend": "parquet"}, "metadata_backend", "not available yet"),
         ({"parquet": {"path": "x"}}, "parquet", "not available yet"),

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,3 +89,40 @@ def test_flow_losses_can_be_robust() -> None:
     x = torch.zeros(1, 1, 1, 1)
     sample = process.add_noise(x, torch.ones_like(x), torch.tensor([1.0]))
     assert process.loss(x, sample).item() == pytest.approx(0.2 * (math.sqrt(1.01) - 0.1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "full"),
+    [("l2", 1.0), ("huber", 0.2 * (math.sqrt(1.01) - 0.1)), ("smooth_l1", 2 * (math.sqrt(1.01) - 0.1))],
+)
+def test_a_mask_multiplies_each_error_and_the_mean_is_over_the_whole_area(kind, full) -> None:
+    """An error of 1 in 2 channels of 2x2; weights 1, 0.5, 0.25 and 0 let 1.75 / 4 of it through."""
+    target = torch.zeros(3, 2, 2, 2)
+    mask = torch.tensor([[1.0, 0.5], [0.25, 0.0]]).expand(3, 1, 2, 2).clone()
+    mask[1], mask[2] = 1, 0
+    losses = sample_losses(
+        LossSettings(type=kind), target + 1, target, torch.tensor([2.0, 1.0, 1.0]), torch.full((3,), 0.1), mask
+    )
+    torch.testing.assert_close(losses, torch.tensor([2 * full * 1.75 / 4, full, 0.0]))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
+@pytest.mark.parametrize("scoring", [LossSettings(), LossSettings(type="huber"), LossSettings(snr_gamma=5)])
+def test_every_process_applies_the_mask(prediction, scoring) -> None:
+    """With an error in the masked half alone the loss is 0; in the other half alone it is that of no mask."""
+    alphas = torch.linspace(0.99, 0.01, 1000)
+    if prediction == "flow":
+        process, levels = FlowProcess(scoring=scoring.model_copy(update={"snr_gamma": 0.0})), torch.tensor([0.3, 0.8])
+    else:
+        process = EpsilonProcess(alphas, prediction=prediction, scoring=scoring)
+        levels = torch.tensor([300, 800])
+    latents, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    noisy = process.add_noise(latents, noise, levels)
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[..., :4] = 1
+    masked = replace(noisy, mask=mask)
+    inside, outside = torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 8)
+    inside[..., :4], outside[..., 4:] = 0.5, 0.5
+    assert process.loss(noisy.target + outside, masked).tolist() == [0.0, 0.0]
+    assert torch.equal(process.loss(noisy.target + inside, masked), process.loss(noisy.target + inside, noisy))
+    assert process.loss(noisy.target + inside, noisy).min() > 0

@@ -31,6 +31,7 @@ class RandomBatch:
     rows: Sequence[LatentRow]
     latents: Tensor
     texts: Sequence[Named | None]
+    masks: Tensor | None = None
 
 
 @dataclass

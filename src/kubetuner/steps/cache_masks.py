@@ -1,0 +1,137 @@
+"""The part of ``cache_vae`` that keeps masks: cut like their pictures, at the size of latents, under keys of their own.
+
+A key is made of the mask's bytes and the geometry. So a mask that changes costs itself and no encoding, and a picture
+that changes leaves its mask as it is.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from kubetuner.artifacts import Sample, ShardEntry, TensorSpec, fingerprint
+from kubetuner.config.sections import CacheVaeSection
+from kubetuner.data.geometry import Placement
+from kubetuner.data.masks import WEIGHTS, to_weights
+from kubetuner.errors import ArtifactError
+from kubetuner.sources.threads import in_threads
+from kubetuner.steps.plan_costs import vae_shape
+from kubetuner.store import Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "masks"
+MASKS_PER_SHARD = 1024
+DTYPE = "fp16"
+
+
+class Placed(Protocol):
+    """A sample and where it goes."""
+
+    @property
+    def sample(self) -> Sample:
+        """The sample."""
+        ...
+
+    @property
+    def placement(self) -> Placement:
+        """Its picture's geometry, which is its mask's too."""
+        ...
+
+
+@dataclass(frozen=True)
+class CachedMasks:
+    """Where the masks of some samples are.
+
+    Attributes:
+        factor: Pixels per latent along an edge.
+        known: Mask key → shard.
+        shape: Of every mask's tensor, ``None`` along an axis that varies; empty without masks.
+    """
+
+    factor: int
+    known: dict[str, ShardEntry]
+    shape: tuple[int | None, ...]
+
+    def of(self, item: Placed) -> dict[str, str]:
+        """The fields of a sample's row that say where its mask is."""
+        if not item.sample.mask:
+            return {}
+        key = _key(item, self.factor)
+        return {"mask": key, "mask_shard": self.known[key].file}
+
+    def shards(self) -> tuple[ShardEntry, ...]:
+        """All shards, by name."""
+        shards = {entry.file: entry for entry in self.known.values()}
+        return tuple(shards[file] for file in sorted(shards))
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """What a mask's tensor looks like."""
+        return {WEIGHTS: TensorSpec(dtype=DTYPE, shape=self.shape)} if self.known else {}
+
+
+def cache_masks(
+    section: CacheVaeSection, store: Store, dataset: Path, samples: Callable[[], Iterable[Placed]]
+) -> CachedMasks:
+    """Put the masks of ``samples()`` that ``store`` does not know yet into it.
+
+    Args:
+        section: Names the model.
+        store: Where latents go too.
+        dataset: Folder of the dataset artifact.
+        samples: Yields the samples; asked twice, so that of all of them only keys are held in memory.
+
+    Raises:
+        ArtifactError: A mask's file is missing or damaged.
+    """
+    factor, _ = vae_shape(section.model)
+    wanted = {_key(item, factor) for item in samples() if item.sample.mask}
+    if not wanted:
+        return CachedMasks(factor, {}, ())
+    known = store.known(NAMESPACE, wanted)
+    missing = wanted - known.keys()
+    made = in_threads(
+        lambda one: (one[0], _weights(dataset, one[1], factor)),
+        _first_of_each(missing, samples(), factor),
+        os.cpu_count() or 1,
+        "masks",
+    )
+    while part := dict(islice(made, MASKS_PER_SHARD)):
+        entry = store.write_shard(NAMESPACE, {key: {WEIGHTS: weights} for key, weights in part.items()})
+        known |= dict.fromkeys(part, entry)
+    logger.info("masks: %d reused, %d made", len(wanted) - len(missing), len(missing))
+    shards = {entry.file: entry for entry in known.values()}
+    return CachedMasks(factor, known, store.shapes(shards.values())[WEIGHTS])
+
+
+def _first_of_each(keys: set[str], items: Iterable[Placed], factor: int) -> Iterator[tuple[str, Placed]]:
+    """One item for each of ``keys``."""
+    left = set(keys)
+    for item in items:
+        if item.sample.mask and (key := _key(item, factor)) in left:
+            left.remove(key)
+            yield key, item
+
+
+def _key(item: Placed, factor: int) -> str:
+    where, sample = item.placement, item.sample
+    geometry = (where.intermediary_size, where.crop, where.target_size)
+    return fingerprint(WEIGHTS, Path(sample.mask).stem, sample.mask_kind, *geometry, factor)
+
+
+def _weights(dataset: Path, item: Placed, factor: int) -> "Tensor":
+    path, sample = dataset / item.sample.mask, item.sample
+    data = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != path.stem:
+        raise ArtifactError(f"{path}, the mask of {sample.id}, is missing or damaged; run download_dataset again")
+    weights = to_weights(data, sample.mask_kind, item.placement, factor)
+    if not weights.any():
+        logger.warning("%s: its mask is black all over the crop; nothing is learned from the picture", sample.id)
+    return weights
