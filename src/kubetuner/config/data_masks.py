@@ -45,13 +45,13 @@ class MaskLinks:
         """Read an entry of masks."""
         before = len(problems)
         storage = read_storage(values, Values({}), where, problems)
-        if "conditioning_type" not in values and not _told(problems, f"{where}.conditioning_type"):
+        if not values.text("conditioning_type") and not _told(problems, f"{where}.conditioning_type"):
             message = "is missing; expected 'mask' (brightness is weight) or 'segmentation' (all but black counts)."
             problems.append(Problem(f"{where}.conditioning_type", message))
-        name = values.text("id")
-        if len(problems) == before and name:
+        name, kind = values.text("id"), values.text("conditioning_type")
+        if len(problems) == before and name and kind:
             source = DatasetSource.model_validate({"id": name, **storage})
-            masks = MaskSource.model_validate({"source": source, "kind": values.text("conditioning_type"), "of": ()})
+            masks = MaskSource.model_validate({"source": source, "kind": kind, "of": ()})
             self.entries[name] = MaskData(where, masks)
 
     def note(self, values: Values, where: str, problems: list[Problem]) -> None:

@@ -42,6 +42,7 @@ class RandomBatches:
     broken_step: int = -1
     act: Callable[[int], None] = lambda _step: None
     asked: list[tuple[int, int]] = field(default_factory=list)
+    masks: Tensor | None = None
 
     def batch(self, step: int, micro: int) -> RandomBatch:
         self.asked.append((step, micro))
@@ -51,7 +52,7 @@ class RandomBatches:
         if step == self.broken_step or self.broken_step == ALL:
             latents[1] = float("nan")
         texts = {name: torch.randn(shape, generator=generator) for name, shape in TEXT[self.family].items()}
-        return RandomBatch([_row("first.png"), _row("second.png")], latents, [texts, None])
+        return RandomBatch([_row("first.png"), _row("second.png")], latents, [texts, None], self.masks)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ class Setup:
         denoiser = prepare_denoiser(section, made, device)
         null = {name: torch.zeros(shape) for name, shape in TEXT[family].items()}
         process = made.noise_process(ref, section.process())
-        objective = Objective(made, process, null, section.seed, section.mixed_precision == "bf16", section.noise)
+        bf16 = section.mixed_precision == "bf16"
+        masked = section.masked_loss_probability
+        objective = Objective(made, process, null, section.seed, bf16, section.noise, masked=masked)
         return Job(section, denoiser, objective, batches, lambda taken: taken / 10, section.max_train_steps, device)
 
 
