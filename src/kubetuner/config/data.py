@@ -8,9 +8,10 @@ from typing import Literal
 
 from kubetuner.config.caption_sections import DatasetCaptions
 from kubetuner.config.data_captions import read_filters, read_shuffle
-from kubetuner.config.data_crops import read_crop
+from kubetuner.config.data_crops import check_fresh_latents, read_crop
 from kubetuner.config.data_keys import MASK_SCHEMA, PICTURE_SCHEMA, TEXT_SCHEMA
 from kubetuner.config.data_masks import MaskData, MaskLinks
+from kubetuner.config.data_parquet import read_caption_table
 from kubetuner.config.data_sampling import read_sampling
 from kubetuner.config.data_sources import flatten_hub, read_storage
 from kubetuner.config.keys import Values, plain_name, read
@@ -215,6 +216,7 @@ def _read_pictures(
     seen.masks.note(values, where, problems)
     storage = read_storage(values, run, where, problems)
     _check_captions(values, run, where, problems)
+    table = read_caption_table(values, str(storage["caption_strategy"]), where, problems, seen.notes)
     sampling = read_sampling(values, where, problems, seen.notes, facts=facts)
     geometry = _geometry(values, run, where, problems, seen.notes)
     shuffle = read_shuffle(values, where, run.integer("seed", 42), problems)
@@ -234,6 +236,7 @@ def _read_pictures(
                 "max_num_samples",
             ),
             "instance_prompt": captions.texts("instance_prompt"),
+            "caption_table": table,
         }
     )
     return PictureData(
@@ -279,7 +282,10 @@ def _check_captions(values: Values, run: Values, where: str, problems: list[Prob
 
 def _geometry(values: Values, run: Values, where: str, problems: list[Problem], notes: list[str]) -> Geometry:
     before = len(problems)
-    names = ("resolution", "resolution_type", "aspect_bucket_alignment", "aspect_bucket_rounding", *_SIZES[1:])
+    names = (
+        "resolution", "resolution_type", "aspect_bucket_alignment", "aspect_bucket_rounding", "max_upscale_threshold",
+        *_SIZES[1:],
+    )  # fmt: skip
     both = Values({name: values.get(name) if name in values else run.get(name) for name in names})
     unit = both.text("resolution_type", "pixel_area")
     if unit == "area" and both.get("resolution") is None:
@@ -293,6 +299,7 @@ def _geometry(values: Values, run: Values, where: str, problems: list[Problem], 
         problems.append(Problem(f"{where}.aspect_bucket_alignment", f"is {alignment}; expected one of {_ALIGNMENTS}."))
     if len(problems) == before:  # sizes in mixed-up units cannot be compared
         _check_maximum(values, both, where, problems)
+    check_fresh_latents(values, run, where, problems, notes)
     chosen = {name: both.get(name) for name in names if both.get(name) is not None}
     return Geometry.model_validate({**chosen, **read_crop(values, where, problems, notes)})
 

@@ -16,6 +16,7 @@ _GENERATED = (
     "Masks and control pictures are not made on the fly (random_masks, canny, depth, …): masks are files, which can be "
     "looked at and are cached. Make them once and name their entry in conditioning_data."
 )
+_MEASURED = "sizes are read from the pictures themselves, which a table may have outlived"
 _LIKE_PICTURES = "masks are resized and cropped exactly as their pictures are"
 _WITH_PICTURES = "a mask is used whenever its picture is"
 _NO_CAPTIONS = "masks have no captions"
@@ -62,8 +63,8 @@ _PICTURES: dict[str, Rule] = {
     "instance_data_dir": Key("str"),
     "caption_strategy": Key(
         "str",
-        one_of("filename", "textfile", "instanceprompt", "csv", "huggingface"),
-        later=frozenset({"parquet", "webshart"}),
+        one_of("filename", "textfile", "instanceprompt", "csv", "huggingface", "parquet"),
+        later=frozenset({"webshart"}),
     ),
     "instance_prompt": Key("texts"),
     "prepend_instance_prompt": Key("bool"),
@@ -83,7 +84,7 @@ _PICTURES: dict[str, Rule] = {
     "target_downsample_size": Key("float", above=0),
     "minimum_aspect_ratio": Key("float", above=0),
     "maximum_aspect_ratio": Key("float", above=0),
-    "max_upscale_threshold": Later("a limit on upscaling is"),
+    "max_upscale_threshold": Key("float", low=0),
     "aspect_bucket_alignment": Key("int", low=8, high=64),
     "aspect_bucket_rounding": Key("int", low=1, high=9),
     "repeats": Key("int", low=0),
@@ -92,8 +93,8 @@ _PICTURES: dict[str, Rule] = {
     "cache_dir_vae": Key("str"),
     "metadata_backend": Key(
         "str",
-        {"discovery": "discovery", "json": "discovery", "huggingface": "discovery"},
-        later=frozenset({"parquet", "webshart"}),
+        {"discovery": "discovery", "json": "discovery", "huggingface": "discovery", "parquet": "parquet"},
+        later=frozenset({"webshart"}),
     ),
     "disable_multiline_split": Key("bool"),
     "text_embeds": Key("str"),
@@ -107,13 +108,13 @@ _PICTURES: dict[str, Rule] = {
     "start_step": Key("int", low=0),
     "end_step": Key("int", low=1),
     "timestep_sampling_offset": Later("an offset of timesteps per dataset is", (0,)),
-    "parquet": Later("captions from parquet files are"),
+    "parquet": Key("json"),
     "caption_shuffle": Key("json"),
     "caption_filter_list": Foreign("It belongs to the entry with dataset_type text_embeds that the dataset uses."),
     "conditioning_data": Key("texts"),
     "conditioning_type": Foreign("It belongs to the entry with dataset_type conditioning that this one names."),
     "conditioning": Foreign(_GENERATED),
-    "vae_cache_clear_each_epoch": Later("encoding latents anew each epoch is", (False,)),
+    "vae_cache_clear_each_epoch": Key("bool"),
     "vae_cache_disable": Later("training without cached latents is", (False,)),
     "vae_cache_ondemand": Later("encoding latents while training is", (False,)),
     "scan_for_errors": Later("rescanning caches (records are checked as they are read) is", (False,)),
@@ -139,7 +140,7 @@ _MASKS: dict[str, Rule] = {
         "maximum_aspect_ratio", "max_upscale_threshold", "aspect_bucket_alignment", "aspect_bucket_rounding",
     )},
     **{name: Unneeded("str", _LIKE_PICTURES) for name in ("resolution_type", "crop_style", "crop_aspect")},
-    "crop": Unneeded("bool", _LIKE_PICTURES),
+    **{name: Unneeded("bool", _LIKE_PICTURES) for name in ("crop", "vae_cache_clear_each_epoch")},
     "crop_aspect_buckets": Unneeded("json", _LIKE_PICTURES),
     **{name: Unneeded("float", _WITH_PICTURES) for name in ("repeats", "probability", "train_batch_size")},
     **{name: Unneeded("int", _WITH_PICTURES) for name in ("start_epoch", "end_epoch", "start_step", "end_step")},
@@ -149,6 +150,7 @@ _MASKS: dict[str, Rule] = {
         "prepend_instance_prompt", "only_instance_prompt", "disable_multiline_split",
     )},
     "instance_prompt": Unneeded("texts", _NO_CAPTIONS),
+    **{name: Unneeded("json", _NO_CAPTIONS) for name in ("parquet", "caption_shuffle")},
     "instance_data_dir": Key("str"),
     "conditioning_type": Key(
         "str", one_of("mask", "segmentation"), later=frozenset({"controlnet", "reference_strict", "reference_loose"})
@@ -156,8 +158,8 @@ _MASKS: dict[str, Rule] = {
     "conditioning": Foreign(_GENERATED),
     "max_num_samples": Foreign("Masks are chosen by their pictures; the limit belongs to the pictures' entry."),
     **{name: _PICTURES[name] for name in (
-        "metadata_backend", "disable_validation", "vae_cache_clear_each_epoch", "vae_cache_disable",
-        "vae_cache_ondemand", "scan_for_errors", "delete_unwanted_images", "delete_problematic_images",
+        "metadata_backend", "disable_validation", "vae_cache_disable", "vae_cache_ondemand", "scan_for_errors",
+        "delete_unwanted_images", "delete_problematic_images",
         "override_dataset_config", "metadata_update_interval", "cache_dir", "cache_dir_vae",
     )},
 }  # fmt: skip
@@ -169,6 +171,17 @@ _ALIASES: dict[str, Alias] = {
     "is_regularization_data": Alias("is_regularisation_data"),
 }
 
+CAPTION_TABLE_SCHEMA = Schema(
+    rules={
+        "path": Key("str"),
+        "filename_column": Key("str"),
+        "caption_column": Key("texts"),
+        "fallback_caption_column": Key("str"),
+        "identifier_includes_extension": Key("bool"),
+        "width_column": Unneeded("str", _MEASURED),
+        "height_column": Unneeded("str", _MEASURED),
+    }
+)
 PICTURE_SCHEMA = Schema(rules={**_COMMON, **_STORAGE, **_PICTURES}, aliases=_ALIASES)
 MASK_SCHEMA = Schema(rules={**_COMMON, **_STORAGE, **_MASKS}, aliases=_ALIASES)
 TEXT_SCHEMA = Schema(rules={**_COMMON, **_TEXTS}, aliases={"disable": Alias("disabled")})

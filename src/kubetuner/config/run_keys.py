@@ -137,6 +137,8 @@ DATA_RULES: dict[str, Rule] = {
     "minimum_image_size": Key("float", low=0),
     "maximum_image_size": Key("float", above=0),
     "target_downsample_size": Key("float", above=0),
+    "max_upscale_threshold": Key("float", low=0),
+    "vae_cache_clear_each_epoch": Key("bool"),
     "aspect_bucket_rounding": Key("int", low=1, high=9),
     "aspect_bucket_alignment": Key("int", low=8, high=64),
     "max_skipped_share": Key("float", low=0, high=1),

@@ -84,6 +84,8 @@ class Geometry(Section):
         maximum_aspect_ratio: Buckets (width / height) above it are left out; ``None`` for no limit.
         maximum_image_size: With ``crop``, larger pictures are first brought to ``target_downsample_size``.
         target_downsample_size: See ``maximum_image_size``.
+        max_upscale_threshold: Pictures that would be enlarged by more than this share (0.2: by 20 %) are left out;
+            ``None`` for no limit.
         aspect_bucket_alignment: Edges are multiples of this many pixels.
         aspect_bucket_rounding: Decimals of a bucket's aspect ratio.
     """
@@ -99,6 +101,7 @@ class Geometry(Section):
     maximum_aspect_ratio: float | None = None
     maximum_image_size: float | None = None
     target_downsample_size: float | None = None
+    max_upscale_threshold: float | None = None
     aspect_bucket_alignment: int = 64
     aspect_bucket_rounding: int = 2
 

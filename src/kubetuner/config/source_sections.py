@@ -53,6 +53,24 @@ class Bucket(Section):
     region: str = ""
 
 
+class CaptionTable(Section):
+    """A parquet file that holds the captions of pictures elsewhere (``caption_strategy: parquet``).
+
+    Attributes:
+        path: A file (``local``), a name in the bucket (``aws``, ``gcs``) or ``gs://bucket/name`` (``gcs``).
+        filename_column: A picture's path below ``instance_data_dir``, or its name where no other has it.
+        caption_columns: ``caption_column``: where several hold a caption they are alternatives.
+        fallback_caption_column: Read where they are all empty; empty for none.
+        identifier_includes_extension: Whether ``filename_column`` has the files' extensions.
+    """
+
+    path: str
+    filename_column: str = "id"
+    caption_columns: tuple[str, ...] = ("description",)
+    fallback_caption_column: str = ""
+    identifier_includes_extension: bool = False
+
+
 class DatasetSource(Section):
     """Where one dataset's pictures and captions come from (an entry of the data file).
 
@@ -65,8 +83,9 @@ class DatasetSource(Section):
         table: With ``csv``.
         hub: With ``huggingface``.
         bucket: With ``aws``.
-        caption_strategy: ``filename``, ``textfile``, ``instanceprompt``, or the source's own column: ``csv`` and
-            ``huggingface``, with the type of that name.
+        caption_table: With ``caption_strategy: parquet``.
+        caption_strategy: ``filename``, ``textfile``, ``instanceprompt``, a table beside the pictures (``parquet``), or
+            the source's own column: ``csv`` and ``huggingface``, with the type of that name.
         instance_prompt: One or several prompts for ``instanceprompt``, or to prepend.
         prepend_instance_prompt: Caption becomes "instance_prompt caption".
         only_instance_prompt: Caption becomes the instance prompt.
@@ -84,7 +103,8 @@ class DatasetSource(Section):
     table: TableColumns | None = None
     hub: HubDataset | None = None
     bucket: Bucket | None = None
-    caption_strategy: Literal["filename", "textfile", "instanceprompt", "csv", "huggingface"] = "filename"
+    caption_table: CaptionTable | None = None
+    caption_strategy: Literal["filename", "textfile", "instanceprompt", "csv", "huggingface", "parquet"] = "filename"
     instance_prompt: tuple[str, ...] = ()
     prepend_instance_prompt: bool = False
     only_instance_prompt: bool = False

@@ -55,8 +55,17 @@ def _own(settings: DatasetSource, picture: Item, listing: Listing, source: Sourc
     if settings.caption_strategy == "filename":
         return (PurePosixPath(picture.name).stem.replace("_", " ").strip(),)
     if picture.captions is None:
-        raise CaptionError(f"{source.place} holds no caption for it")
+        raise CaptionError(no_caption(settings, source))
     return picture.captions
+
+
+def no_caption(settings: DatasetSource, source: Source) -> str:
+    """Why a picture has no caption that a table should hold."""
+    table = settings.caption_table
+    if table is None:
+        return f"{source.place} holds no caption for it"
+    written = "with" if table.identifier_includes_extension else "without"
+    return f"{table.path} has no caption for it: no row whose {table.filename_column} is its path {written} extension"
 
 
 def _from_textfile(settings: DatasetSource, picture: Item, listing: Listing, source: Source) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ And ``crop_aspect`` random chooses by a picture's key, so that a plan can tell w
 import hashlib
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -79,6 +80,12 @@ def place(
         larger = _cover(_bucket_size(geometry, _downsample_edge(geometry), own), width / height)
         if larger[0] >= target[0] and larger[1] >= target[1]:
             intermediary = larger
+    if _is_enlarged_too_far(geometry, (width, height), intermediary):
+        return LeftOut(
+            f"{width}x{height} pixels: {intermediary[0]}x{intermediary[1]} would enlarge it by "
+            f"{100 * (_enlargement((width, height), intermediary) - 1):.1f} %, above max_upscale_threshold "
+            f"{geometry.max_upscale_threshold:g}"
+        )
     return Placement(
         intermediary_size=intermediary,
         crop=_crop_offsets(geometry, intermediary, target, seed_key),
@@ -96,7 +103,8 @@ def target_size(geometry: Geometry, width: int, height: int, aspect_key: str = "
     if geometry.crop and geometry.crop_aspect == "closest":
         aspect = min((listed for listed, _ in geometry.crop_aspect_buckets), key=lambda listed: abs(listed - aspect))
     if geometry.crop and geometry.crop_aspect == "random":
-        aspect = _random_aspect(geometry, aspect_key)
+        fitting = [one for one in geometry.crop_aspect_buckets if one[1] and _fits(geometry, (width, height), one[0])]
+        aspect = _random_aspect(fitting, aspect_key) if fitting else SQUARE_BUCKET
     return _bucket_size(geometry, geometry.resolution, aspect)
 
 
@@ -106,12 +114,28 @@ def _aspect(geometry: Geometry, width: int, height: int) -> float:
     return max(round(width / height, decimals), 10.0**-decimals)  # never 0, however narrow the picture
 
 
-def _random_aspect(geometry: Geometry, key: str) -> float:
-    """One of the listed aspect ratios, each as likely as its weight says; always the same for ``key``."""
+def _fits(geometry: Geometry, size: Size, aspect: float) -> bool:
+    """Whether a picture covers the bucket of ``aspect`` without being enlarged too far (``max_upscale_threshold``)."""
+    covering = _cover(_bucket_size(geometry, geometry.resolution, aspect), size[0] / size[1])
+    return not _is_enlarged_too_far(geometry, size, covering)
+
+
+def _enlargement(size: Size, resized: Size) -> float:
+    """How many times as long the edges become; rounding makes one a little longer than the other."""
+    return min(resized[0] / size[0], resized[1] / size[1])
+
+
+def _is_enlarged_too_far(geometry: Geometry, size: Size, resized: Size) -> bool:
+    most = geometry.max_upscale_threshold
+    return most is not None and _enlargement(size, resized) > 1 + most
+
+
+def _random_aspect(buckets: Sequence[tuple[float, float]], key: str) -> float:
+    """One of the aspect ratios of ``buckets``, each as likely as its weight says; always the same for ``key``."""
     digest = hashlib.sha256(b"aspect " + key.encode("utf-8", "surrogateescape")).digest()
-    bounds = list(accumulate(weight for _, weight in geometry.crop_aspect_buckets))
+    bounds = list(accumulate(weight for _, weight in buckets))
     point = int.from_bytes(digest[:6], "big") / (1 << 48) * bounds[-1]  # 48 bits are exact in a float: never the end
-    return geometry.crop_aspect_buckets[bisect_right(bounds, point)][0]
+    return buckets[bisect_right(bounds, point)][0]
 
 
 def _bucket_size(geometry: Geometry, resolution: float, aspect: float) -> Size:

@@ -87,6 +87,21 @@ class GcsSource:
 
         return self._calling(f"reading the start of {self._address(item)}", fetch)
 
+    def read_table(self, path: str) -> tuple[Item, bytes]:
+        """See :class:`~kubetuner.sources.captioned.HoldsTables`."""
+        match = _ADDRESS.fullmatch(path)
+        bucket = self._client.bucket(match[1]) if match else self._bucket
+        name = (match[2] if match else path) or ""
+
+        def fetch() -> tuple[Item, bytes]:
+            blob = bucket.get_blob(name, **_request())
+            if blob is None:
+                raise DatasetError(f"there is no gs://{bucket.name}/{name}; check parquet.path")
+            item = Item(path, blob.size, str(blob.generation), _written(blob))
+            return item, blob.download_as_bytes(checksum="crc32c", if_generation_match=blob.generation, **_request())
+
+        return self._calling(f"reading gs://{bucket.name}/{name}", fetch)
+
     def close(self) -> None:
         """See :class:`Source`."""
         self._client.close()
@@ -101,12 +116,11 @@ class GcsSource:
                 continue
             # Objects that are stored compressed arrive unpacked: neither size nor checksum is that of the bytes.
             packed = blob.content_encoding == "gzip"
-            written = blob.time_created
             yield Item(
                 name,
                 size=-1 if packed else blob.size,
                 version=str(blob.generation),
-                modified=int(written.timestamp() * 1_000_000) * 1000 if written else 0,
+                modified=_written(blob),
                 checksum=f"crc32c:{blob.crc32c}" if blob.crc32c and not packed else "",
             )
 
@@ -134,6 +148,12 @@ class GcsSource:
                 raise DatasetError(f"{what} failed: {first_line(error)}; try again later") from error
 
         return retrying(what, once)
+
+
+def _written(blob: "Blob") -> int:
+    """When an object was written, in nanoseconds since 1970."""
+    written = blob.time_created
+    return int(written.timestamp() * 1_000_000) * 1000 if written else 0
 
 
 def _advice(what: str, status: int) -> str:

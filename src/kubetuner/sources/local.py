@@ -5,6 +5,7 @@ Links are followed, as volumes mounted from Kubernetes are made of them.
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from kubetuner.config.source_sections import DatasetSource
@@ -42,6 +43,15 @@ class LocalSource:
     def header(self, item: Item, length: int) -> bytes:
         """See :class:`Source`."""
         return read_file(self._root, item, length)
+
+    def read_table(self, path: str) -> tuple[Item, bytes]:
+        """See :class:`~kubetuner.sources.captioned.HoldsTables`."""
+        file = Path(path)
+        try:
+            item = file_item(file.parent, file.name)
+            return replace(item, name=path), read_file(file.parent, item)
+        except ItemError as error:
+            raise DatasetError(f"{path} {error.reason}; check parquet.path") from error
 
     def close(self) -> None:
         """Nothing is held."""

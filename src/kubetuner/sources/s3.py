@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PAGE_SIZE = 1000
 REQUEST_ATTEMPTS = 5
 """How often boto3 repeats a request that was answered with a passing failure."""
+_TABLE = "reading the table"
 _MD5 = re.compile(r"[0-9a-f]{32}")
 
 Result = TypeVar("Result")
@@ -68,6 +69,16 @@ class S3Source:
 
         return self._calling(f"reading the start of s3://{self._bucket}/{self._prefix}{item.name}", fetch)
 
+    def read_table(self, path: str) -> tuple[Item, bytes]:
+        """See :class:`~kubetuner.sources.captioned.HoldsTables`."""
+
+        def fetch() -> tuple[Item, bytes]:
+            answer = self._client.get_object(Bucket=self._bucket, Key=path)
+            item = Item(path, answer["ContentLength"], answer["ETag"], _written(answer))
+            return item, verify(item, answer["Body"].read())
+
+        return self._calling(f"{_TABLE} s3://{self._bucket}/{path}", fetch)
+
     def close(self) -> None:
         """See :class:`Source`."""
         self._client.close()
@@ -78,9 +89,8 @@ class S3Source:
         )
         for page in pages:
             for entry in page.get("Contents", ()):
-                written = int(entry["LastModified"].timestamp() * 1_000_000) * 1000
                 name = entry["Key"].removeprefix(self._prefix)
-                yield Item(name, entry["Size"], version=entry["ETag"], modified=written)
+                yield Item(name, entry["Size"], version=entry["ETag"], modified=_written(entry))
 
     def _get(self, item: Item, **more: str) -> dict[str, Any]:
         asked = {"Bucket": self._bucket, "Key": self._prefix + item.name, "IfMatch": item.version}
@@ -113,7 +123,14 @@ class S3Source:
         return retrying(what, once)
 
 
+def _written(entry: dict[str, Any]) -> int:
+    """When an object was written, in nanoseconds since 1970."""
+    return int(entry["LastModified"].timestamp() * 1_000_000) * 1000
+
+
 def _advice(what: str, status: int) -> str:
+    if status == 404 and what.startswith(_TABLE):
+        return "there is no such object (404); check parquet.path"
     if status == 404 and what.startswith("listing"):
         return "there is no such bucket (404); check aws_bucket_name and aws_endpoint_url"
     if status in (404, 412):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kubetuner.config.source_sections import DatasetSource
+from kubetuner.errors import DatasetError
 from kubetuner.sources.base import Source
 
 
@@ -13,7 +14,15 @@ def open_source(settings: DatasetSource) -> Source:
     Raises:
         DatasetError: A library or credentials are missing, or the address is malformed.
     """
-    return _KINDS[settings.type](settings)
+    source = _KINDS[settings.type](settings)
+    if settings.caption_table is None:
+        return source
+    from kubetuner.sources.captioned import Captioned, HoldsTables
+
+    if not isinstance(source, HoldsTables):
+        source.close()
+        raise DatasetError(f"caption_strategy parquet is not possible with type {settings.type}")
+    return Captioned(source, settings.caption_table)
 
 
 def located(settings: DatasetSource, cwd: Path) -> DatasetSource:
@@ -23,7 +32,11 @@ def located(settings: DatasetSource, cwd: Path) -> DatasetSource:
         return str((cwd / path).expanduser().resolve())
 
     if settings.type == "local":
-        return settings.model_copy(update={"instance_data_dir": absolute(settings.instance_data_dir)})
+        table = settings.caption_table
+        found = table and table.model_copy(update={"path": absolute(table.path)})
+        return settings.model_copy(
+            update={"instance_data_dir": absolute(settings.instance_data_dir), "caption_table": found}
+        )
     if settings.table is not None:
         table = settings.table.model_copy(update={"file": absolute(settings.table.file)})
         root = absolute(settings.instance_data_dir or str(Path(settings.table.file).parent))

@@ -108,8 +108,9 @@ def _measure(source: Source, measured: Measured, problems: list[Problem], masks:
     with Progress(f"plan {measured.id}", len(pictures), "pictures") as progress:
         for item, size in zip(pictures, sizes, strict=True):
             progress.advance()
-            if isinstance(size, str):
-                measured.lose(item.name, size)
+            without = _uncaptioned(source, measured, item)
+            if isinstance(size, str) or without:
+                measured.lose(item.name, size if isinstance(size, str) else without)
                 continue
             placement = place(measured.entry.geometry.geometry, *size, item.name)
             if isinstance(placement, LeftOut):
@@ -140,12 +141,22 @@ def size_of(source: Source, item: Item) -> Size | str:
         return error.reason
 
 
+def _uncaptioned(source: Source, measured: Measured, item: Item) -> str:
+    """Why a picture is left out for want of a caption: SimpleTuner, too, leaves out what the table does not know."""
+    from kubetuner.data.captions import no_caption
+
+    settings = measured.source
+    if item.captions is not None or settings.caption_strategy != "parquet" or settings.only_instance_prompt:
+        return ""
+    return no_caption(settings, source)
+
+
 def _check_captions(pictures: Sequence[Item], listing: Listing, measured: Measured, problems: list[Problem]) -> None:
     from kubetuner.data.captions import text_name
 
     settings = measured.source
     where = f"{measured.entry.where}.caption_strategy"
-    if settings.only_instance_prompt or settings.caption_strategy in ("filename", "instanceprompt"):
+    if settings.only_instance_prompt or settings.caption_strategy in ("filename", "instanceprompt", "parquet"):
         return
     if settings.caption_strategy != "textfile":
         if all(item.captions is None for item in pictures):

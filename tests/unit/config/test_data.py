@@ -78,9 +78,33 @@ def texts(**more):
             "given twice",
         ),
         ({"dataset_type": "image_embeds"}, "dataset_type", "not available yet"),
-        ({"caption_strategy": "parquet"}, "caption_strategy", "not available yet"),
-        ({"metadata_backend": "parquet"}, "metadata_backend", "not available yet"),
-        ({"parquet": {"path": "x"}}, "parquet", "not available yet"),
+        (
+            {"caption_strategy": "parquet"},
+            "parquet",
+            'is missing; caption_strategy parquet needs an object such as {"path"',
+        ),
+        ({"caption_strategy": "parquet", "parquet": "x"}, "parquet", "is a str"),
+        ({"caption_strategy": "parquet", "parquet": {}}, "parquet.path", "is ''; expected a .parquet file"),
+        ({"caption_strategy": "parquet", "parquet": {"path": 5}}, "parquet.path", "expected a string"),
+        ({"caption_strategy": "parquet", "parquet": {"path": "x.csv"}}, "parquet.path", "expected a .parquet file"),
+        ({"caption_strategy": "parquet", "parquet": {"path": "gs://b/x.parquet"}}, "parquet.path", "type is local"),
+        (
+            {"caption_strategy": "parquet", "parquet": {"path": "x.parquet", "pth": "y"}},
+            "parquet.pth",
+            "did you mean 'path'?",
+        ),
+        (
+            {"type": "csv", "csv_file": "a.csv", "caption_strategy": "parquet", "parquet": {"path": "x.parquet"}},
+            "caption_strategy",
+            "set it to csv",
+        ),
+        (
+            {"type": "aws", "aws_bucket_name": "b", "caption_strategy": "parquet", "parquet": {"path": "/x.parquet"}},
+            "parquet.path",
+            "without a leading slash",
+        ),
+        ({"metadata_backend": "parquet"}, "metadata_backend", "would only give sizes"),
+        ({"parquet": {"path": "x.parquet"}}, "parquet", "would not be used with caption_strategy filename"),
         ({"skip_file_discovery": "vae latents"}, "skip_file_discovery", "names latents; expected words of vae, aspect"),
         ({"preserve_data_backend_cache": "true"}, "preserve_data_backend_cache", "true or false"),
         ({"max_num_samples": 0}, "max_num_samples", "at least 1"),
@@ -284,3 +308,48 @@ def test_regularisation_needs_something_to_learn_beside_it() -> None:
     datasets = load(config, [image(is_regularization_data=True), image(id="b")]).sections.train.datasets
     assert [one.is_regularisation_data for one in datasets] == [True, False]
     assert load(CONFIG, [image(is_regularisation_data=True)]).sections.train.datasets[0].is_regularisation_data is False
+
+
+def test_captions_in_a_parquet_file() -> None:
+    block = {
+        "path": "captions.parquet", "filename_column": "key", "caption_column": ["long", "short"],
+        "fallback_caption_column": "tags", "identifier_includes_extension": True, "width_column": "w",
+        "height_column": "h",
+    }  # fmt: skip
+    run = load(CONFIG, [image(caption_strategy="parquet", metadata_backend="parquet", parquet=block)])
+    source = run.data.pictures[0].source
+    assert source.caption_strategy == "parquet"
+    table = source.caption_table
+    assert table is not None
+    assert (table.path, table.filename_column, table.caption_columns) == ("captions.parquet", "key", ("long", "short"))
+    assert (table.fallback_caption_column, table.identifier_includes_extension) == ("tags", True)
+    noted = [note for note in run.notes if "sizes are read from the pictures themselves" in note]
+    assert [note.partition(":")[0] for note in noted] == [
+        "multidatabackend.json[0].parquet.`width_column`",
+        "multidatabackend.json[0].parquet.`height_column`",
+    ]
+    plain = load(CONFIG, [image(caption_strategy="parquet", parquet={"path": "c.parquet"})])
+    assert plain.data.pictures[0].source.caption_table.caption_columns == ("description",)
+
+
+def test_max_upscale_threshold_may_be_the_runs() -> None:
+    run = load(CONFIG | {"max_upscale_threshold": 0.5}, [image(), image(id="b", max_upscale_threshold=0)])
+    found = [entry.geometry.geometry.max_upscale_threshold for entry in run.data.pictures]
+    assert found == [0.5, 0.0]
+
+
+def test_latents_that_are_drawn_anew_need_no_clearing() -> None:
+    clearing = {"vae_cache_clear_each_epoch": True}
+    moments = CONFIG | {"vae_cache_moments": True}
+    run = load(moments | clearing, [image(crop_style="center")])
+    assert any("[0].`vae_cache_clear_each_epoch`: with vae_cache_moments" in note for note in run.notes)
+    assert not load(moments, [image(vae_cache_clear_each_epoch=False)]).notes
+    found = problems_of(image(**clearing, crop_style="center"))
+    assert "or vae_cache_moments in config.json to true" in found["[0].vae_cache_clear_each_epoch"]
+    with pytest.raises(ConfigError, match="crop_style random is drawn once"):
+        load(moments, [image(**clearing)])
+    with pytest.raises(ConfigError, match="crop_aspect random is drawn once"):
+        load(
+            moments,
+            [image(**clearing, crop=True, crop_style="center", crop_aspect="random", crop_aspect_buckets=[1.0])],
+        )

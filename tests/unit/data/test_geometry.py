@@ -259,3 +259,42 @@ def test_turning_a_picture_turns_its_bucket(width: int, height: int) -> None:
     turned_wide, turned_high = target_size(Geometry(), height, width)
     assert abs(wide - turned_high) <= 64
     assert abs(high - turned_wide) <= 64
+
+
+@pytest.mark.parametrize(
+    ("threshold", "size", "reason"),
+    [
+        (None, (100, 100), ""),
+        (0.25, (820, 820), ""),  # 1024 / 820 = 1.249
+        (0.25, (819, 819), "819x819 pixels: 1024x1024 would enlarge it by 25.0 %, above max_upscale_threshold 0.25"),
+        (0.0, (1024, 1024), ""),
+        (0.0, (1023, 1024), "above max_upscale_threshold 0"),
+        (0.1, (2000, 500), "2000x500 pixels: 2048x512 would enlarge it by 2.4 %"),
+    ],
+)
+def test_pictures_that_would_be_enlarged_too_far_are_left_out(
+    threshold: float | None, size: tuple[int, int], reason: str
+) -> None:
+    placement = place(CENTER.model_copy(update={"max_upscale_threshold": threshold}), *size, "key")
+    if size == (2000, 500):  # within the limit of 10 %, and above one of 2 %
+        assert isinstance(placement, Placement)
+        placement = place(CENTER.model_copy(update={"max_upscale_threshold": 0.02}), *size, "key")
+    assert isinstance(placement, LeftOut) == bool(reason)
+    assert reason in str(placement)
+
+
+def test_random_aspects_are_chosen_among_those_that_fit() -> None:
+    """700x512 covers 512x512 as it is; 1.5 (640x448) too, and 0.5 (384x704) only when enlarged by 37.5 %."""
+    geometry = Geometry(
+        crop=True, crop_aspect="random", crop_aspect_buckets=((1.0, 1.0), (1.5, 1.0), (0.5, 1.0)), resolution=512
+    )
+
+    def found(threshold: float | None, size: tuple[int, int]) -> set[str]:
+        limited = geometry.model_copy(update={"max_upscale_threshold": threshold})
+        return {placed(limited, *size, "seed", f"{number}.png").bucket for number in range(60)}
+
+    assert found(None, (700, 512)) == {"1.0", "1.43", "0.55"}
+    assert found(0.0, (700, 512)) == {"1.0", "1.43"}
+    assert found(0.4, (700, 512)) == {"1.0", "1.43", "0.55"}
+    narrow = geometry.model_copy(update={"max_upscale_threshold": 0.0, "crop_aspect_buckets": ((0.5, 1.0), (1.5, 0.0))})
+    assert placed(narrow, 700, 512).bucket == "1.0"  # nothing that is ever drawn fits: square

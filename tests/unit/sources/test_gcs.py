@@ -8,6 +8,8 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
@@ -17,7 +19,9 @@ from kubetuner.artifacts import Sample, read_rows
 from kubetuner.config.source_sections import DatasetSource, DownloadSection
 from kubetuner.errors import DatasetError
 from kubetuner.sources import base, gcs
+from kubetuner.sources.base import Listing
 from kubetuner.sources.gcs import GcsSource
+from kubetuner.sources.switch import open_source
 from kubetuner.steps.download_dataset import download_dataset
 from kubetuner.steps.plan import make_plan
 from tests.servers.faults import FaultyProxy
@@ -253,3 +257,25 @@ def test_a_replaced_object_stops_the_step(
     with pytest.raises(DatasetError, match=r"gs://.*/a_picture_2\.png failed: it was replaced or removed while"):
         download_dataset(DownloadSection(datasets=(settings(),)), tmp_path / "out")
     assert not (tmp_path / "out" / "artifact.json").exists()
+
+
+def test_captions_in_a_table_of_the_bucket(bucket: storage.Bucket, proxy: FaultyProxy, tmp_path: Path) -> None:
+    upload(bucket, make_folder(tmp_path / "set"))
+    names = [f"{'deep/er/' if index % 2 else ''}a_picture_{index}" for index in range(5)]
+    pq.write_table(pa.table({"id": names, "description": list("abcde")}), tmp_path / "captions.parquet")
+    bucket.blob("tables/captions.parquet").upload_from_filename(str(tmp_path / "captions.parquet"))
+
+    def listed(path: str) -> Listing:
+        with closing(open_source(settings(caption_table={"path": path}, caption_strategy="parquet"))) as source:
+            return source.listing()
+
+    for path in ("tables/captions.parquet", f"gs://{BUCKET}/tables/captions.parquet"):
+        found = {item.name: item.captions for item in listed(path).pictures}
+        assert found["a_picture_0.png"] == ("a",)
+        assert found["deep/er/a_picture_3.png"] == ("d",)
+        assert found["deep/er/a_picture_5.png"] is None
+    before = listed("tables/captions.parquet").revision
+    bucket.blob("tables/captions.parquet").upload_from_filename(str(tmp_path / "captions.parquet"))
+    assert listed("tables/captions.parquet").revision != before
+    with pytest.raises(DatasetError, match=rf"there is no gs://{BUCKET}/tables/absent\.parquet; check parquet\.path"):
+        listed("tables/absent.parquet")

@@ -1,5 +1,6 @@
 """A bucket on a moto server process, behind a proxy that misbehaves."""
 
+import io
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from botocore.config import Config
 from PIL import Image
@@ -19,6 +22,7 @@ from kubetuner.config.source_sections import DatasetSource, DownloadSection
 from kubetuner.errors import DatasetError
 from kubetuner.sources import base, s3
 from kubetuner.sources.s3 import S3Source
+from kubetuner.sources.switch import open_source
 from kubetuner.steps.download_dataset import download_dataset
 from kubetuner.steps.plan import make_plan
 from tests.servers.faults import FaultyProxy
@@ -198,3 +202,24 @@ def test_without_credentials_requests_are_not_signed(put: Put, opened: Open, mon
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     source = opened()
     assert source.read(source.listing().pictures[0]) == b"picture"
+
+
+def test_captions_in_a_table_of_the_bucket(put: Put, proxy: FaultyProxy, tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"id": ["picture_0", "deep/picture_1"], "description": ["first", "second"]}), stream)
+    put(make_folder(tmp_path / "set"))
+    client = boto3.client("s3", endpoint_url=proxy.url, region_name="us-east-1")
+    client.put_object(Bucket=BUCKET, Key="tables/captions.parquet", Body=stream.getvalue())
+    client.close()
+
+    def found(path: str) -> dict[str, tuple[str, ...] | None]:
+        table = {"path": path}
+        with closing(open_source(settings(proxy.url, caption_table=table, caption_strategy="parquet"))) as source:
+            return {item.name: item.captions for item in source.listing().pictures}
+
+    assert found("tables/captions.parquet") == {
+        "picture_0.png": ("first",), "deep/picture_1.png": ("second",), "picture_2.png": None,
+        "deep/picture_3.png": None,
+    }  # fmt: skip
+    with pytest.raises(DatasetError, match=r"no such object \(404\); check parquet\.path"):
+        found("tables/absent.parquet")
