@@ -32,10 +32,11 @@ def located(settings: DatasetSource, cwd: Path) -> DatasetSource:
         return str((cwd / path).expanduser().resolve())
 
     if settings.type == "local":
-        table = settings.caption_table
-        found = table and table.model_copy(update={"path": absolute(table.path)})
+        captions = settings.caption_table
+        if captions is not None:
+            captions = captions.model_copy(update={"path": absolute(captions.path)})
         return settings.model_copy(
-            update={"instance_data_dir": absolute(settings.instance_data_dir), "caption_table": found}
+            update={"instance_data_dir": absolute(settings.instance_data_dir), "caption_table": captions}
         )
     if settings.table is not None:
         table = settings.table.model_copy(update={"file": absolute(settings.table.file)})
