@@ -304,6 +304,11 @@ def _check_stages(train: TrainSection, data: Data, problems: list[Problem]) -> N
     ]
     if not scheduled:
         return
+    by_epoch = [entry for entry in data.of("image") if entry.epochs is not None]
+    if by_epoch:
+        message = "is in epochs and other entries' schedules are in steps; write all of them in one unit."
+        problems.extend(Problem(f"{entry.where}.start_epoch", message) for entry in by_epoch)
+        return
     if not train.max_train_steps:
         message = "needs max_train_steps: an epoch's length changes when a dataset comes or goes."
         problems.extend(Problem(place, message) for place, _ in scheduled)

@@ -12,7 +12,7 @@ from kubetuner.config.data_crops import check_fresh_latents, read_crop
 from kubetuner.config.data_keys import MASK_SCHEMA, PICTURE_SCHEMA, TEXT_SCHEMA
 from kubetuner.config.data_masks import MaskData, MaskLinks
 from kubetuner.config.data_parquet import read_caption_table
-from kubetuner.config.data_sampling import read_sampling
+from kubetuner.config.data_sampling import Epochs, read_epochs, read_sampling
 from kubetuner.config.data_sources import flatten_hub, read_storage
 from kubetuner.config.keys import Values, plain_name, read
 from kubetuner.config.sections import DatasetGeometry, DatasetSampling, Geometry
@@ -38,6 +38,7 @@ class PictureData:
 
     Attributes:
         where: File and index, for messages.
+        epochs: When it is drawn from, where that is said in epochs.
         repeats_set: Whether ``repeats`` is the user's; others may be raised (``allow_dataset_oversubscription``).
     """
 
@@ -47,6 +48,7 @@ class PictureData:
     sampling: DatasetSampling
     captions: DatasetCaptions
     repeats_set: bool = False
+    epochs: Epochs | None = None
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,7 @@ def _read_pictures(
         sampling,
         DatasetCaptions(id=name, shuffle=shuffle),
         repeats_set="repeats" in values,
+        epochs=read_epochs(values),
     )
 
 

@@ -10,7 +10,6 @@ _SECRET = (
     "Keys in this file would be written into the pipeline's parameters; put them into the environment of the pods "
     "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN) or use a role."
 )
-_CURRICULUM = "a schedule in epochs (start_step and end_step count optimizer steps) is"
 _LISTED_ANEW = "listings are not kept between runs; each plan lists the folder anew"
 _GENERATED = (
     "Masks and control pictures are not made on the fly (random_masks, canny, depth, …): masks are files, which can be "
@@ -103,8 +102,8 @@ _PICTURES: dict[str, Rule] = {
     "disable_validation": Later("switching off checks is", (False,)),
     "max_num_samples": Key("int", low=1),
     "train_batch_size": Later("a batch size per dataset is"),
-    "start_epoch": Later(_CURRICULUM, (0, 1)),
-    "end_epoch": Later(_CURRICULUM),
+    "start_epoch": Key("int", low=0),
+    "end_epoch": Key("int", low=1),
     "start_step": Key("int", low=0),
     "end_step": Key("int", low=1),
     "timestep_sampling_offset": Later("an offset of timesteps per dataset is", (0,)),

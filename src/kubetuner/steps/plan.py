@@ -19,6 +19,7 @@ from kubetuner.steps.plan_datasets import (
     steps_per_epoch,
     unreadable_problems,
 )
+from kubetuner.steps.plan_epochs import schedule_epochs
 from kubetuner.steps.plan_machinery import library_problems
 from kubetuner.steps.plan_masks import PlannedMasks, open_masks
 from kubetuner.steps.plan_models import resolve_models
@@ -60,10 +61,11 @@ def make_plan(config: Mapping[str, object], data: Sequence[object] | None, *, cw
         masks = open_masks(run.data.masks, cwd, stack, problems)
         measured = [measure(one, cwd, problems, masks.theirs.get(one.source.id)) for one in run.data.pictures]
     problems.extend(masks.problems(run.data.masks))
-    train = sections.train
     raised: list[str] = []
     if run.allow_dataset_oversubscription:
-        measured, raised = oversubscribe(measured, train)
+        measured, raised = oversubscribe(measured, sections.train)
+    measured, train, in_steps = schedule_epochs(measured, sections.train, problems)
+    sections = sections.model_copy(update={"train": train})
     for one in measured:
         problems.extend(bucket_problems(one, train))
         problems.extend(unreadable_problems(one, sections.download.max_skipped_share))
@@ -75,7 +77,7 @@ def make_plan(config: Mapping[str, object], data: Sequence[object] | None, *, cw
     epoch = steps_per_epoch(measured, train)
     costs = estimate(sections, measured)
     summary = _summary(sections, measured, epoch, costs)
-    remarks = [*raised, *masks.remarks(run.data.masks)]
+    remarks = [*raised, *in_steps, *masks.remarks(run.data.masks)]
     return Plan(sections, page(run, sections, measured, epoch, costs, remarks), summary, run)
 
 

@@ -108,7 +108,7 @@ def texts(**more):
         ({"skip_file_discovery": "vae latents"}, "skip_file_discovery", "names latents; expected words of vae, aspect"),
         ({"preserve_data_backend_cache": "true"}, "preserve_data_backend_cache", "true or false"),
         ({"max_num_samples": 0}, "max_num_samples", "at least 1"),
-        ({"start_epoch": 2}, "start_epoch", "start_step and end_step count optimizer steps"),
+        ({"start_epoch": 2, "end_epoch": 1}, "end_epoch", "before start_epoch 2"),
         ({"start_step": 5, "end_step": 4}, "end_step", "before start_step 5"),
         ({"start_step": 5, "dataset_type": "eval"}, "start_step", "no meaning"),
         ({"is_regularisation_data": True, "dataset_type": "eval"}, "is_regularisation_data", "no meaning"),
