@@ -90,12 +90,16 @@ def _cache(section: CacheVaeSection, dataset: Path, out: Path, part: tuple[int, 
     namespace = f"{kind}-{fingerprint(section.model.vae_identity(), section.dtype)[:16]}"
     # The samples are read several times, so that however many there are, only their keys are held in memory.
     samples = (section, dataset, *part)
-    sizes = {item.key: item.placement.target_size for item in _placed(*samples)}
+    sizes: dict[str, Size] = {}
+    masked = False
+    for item in _placed(*samples):
+        sizes[item.key] = item.placement.target_size
+        masked = masked or bool(item.sample.mask)
     known = store.known(namespace, sizes.keys())
     missing = {key: size for key, size in sizes.items() if key not in known}
     written = _encode(section, store, namespace, len(missing), _read_ahead(dataset, _by_size(samples, missing)))
     known |= written
-    masks = cache_masks(section, store, dataset, lambda: _placed(*samples))
+    masks = cache_masks(section, store, dataset, lambda: _placed(*samples) if masked else ())
     skipped: list[Skipped] = []
     out.mkdir(parents=True, exist_ok=True)
     count = write_rows(out, LATENTS_FILE, _rows(_place_all(*samples), known, masks, skipped))

@@ -108,6 +108,32 @@ def test_masks_come_with_their_pictures(tmp_path: Path) -> None:
     assert len({artifact.fingerprint, changed.fingerprint, other.fingerprint}) == 3
 
 
+def test_masks_may_come_from_another_kind_of_source(tmp_path: Path) -> None:
+    root = write(tmp_path / "files", files())
+    local = download_dataset(section_of(root), tmp_path / "local")
+    (root / "m.csv").write_text("file\n" + "".join(f"{number}.png\n" for number in range(4)))
+    table = {"file": str(root / "m.csv"), "url_column": "file"}
+    source = DatasetSource.model_validate(
+        {"id": "m", "type": "csv", "table": table, "instance_data_dir": str(root / "m")}
+    )
+    section = section_of(root)
+    other = section.model_copy(update={"masks": (section.masks[0].model_copy(update={"source": source}),)})
+    assert download_dataset(other, tmp_path / "csv").fingerprint == local.fingerprint
+
+
+def test_two_datasets_may_share_masks(tmp_path: Path) -> None:
+    root = write(tmp_path / "files", files() | {"b/1.png": picture(9, *SIZE)})
+    section = section_of(root)
+    b = DatasetSource(id="b", instance_data_dir=str(root / "b"))
+    both = DownloadSection(
+        datasets=(*section.datasets, b), masks=(section.masks[0].model_copy(update={"of": ("a", "b")}),)
+    )
+    download_dataset(both, tmp_path / "out")
+    rows = {row.id: row.mask for row in read_rows(tmp_path / "out", "samples.jsonl", Sample)}
+    assert len(rows) == 5
+    assert rows["b/1.png"] == rows["a/1.png"] != ""
+
+
 def test_a_picture_whose_mask_cannot_be_used_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     transparent = io.BytesIO()
     Image.new("RGBA", SIZE).save(transparent, "PNG")
