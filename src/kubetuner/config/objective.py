@@ -83,6 +83,8 @@ class LossSettings(Section):
         snr_weight: Factor of an unweighted loss.
         soft_sigma_data: ``soft_min_snr_sigma_data`` with ``use_soft_min_snr``: soft min-SNR (Crowson et al. 2024); its
             gamma is ``1 / soft_sigma_data ** 2``; 0 for none.
+        diff2flow: ``diff2flow_loss``: a diffusion model's prediction is scored as the flow noise - latents that it
+            stands for (Schusterbauer et al. 2025, https://arxiv.org/abs/2506.02221).
     """
 
     type: Literal["l2", "huber", "smooth_l1"] = "l2"
@@ -91,6 +93,7 @@ class LossSettings(Section):
     snr_gamma: float = 0.0
     snr_weight: float = 1.0
     soft_sigma_data: float = 0.0
+    diff2flow: bool = False
 
 
 class ProcessSettings(Section):
@@ -120,6 +123,49 @@ class NoiseSettings(Section):
     offset_probability: float = 1.0
     perturbation: float = 0.0
     perturbation_steps: int = 0
+
+
+class ReflexSettings(Section):
+    """What is added to the loss of a flow's rolled-out samples (``scheduled_sampling_reflexflow*``).
+
+    Attributes:
+        alpha: How much more an element counts where the rollout changed the prediction.
+        drift_weight: ``beta1``: weight of the direction back to the picture.
+        loss_weight: ``beta2``: weight of the loss proper.
+    """
+
+    alpha: float = 1.0
+    drift_weight: float = 10.0
+    loss_weight: float = 1.0
+
+
+class RolloutSettings(Section):
+    """Samples whose noisy input the model draws itself, from more noise (``scheduled_sampling_*``).
+
+    Attributes:
+        max_offset: ``max_step_offset``: timesteps that a rollout takes at most, of 1..999.
+        strategy: ``uniform`` draws all lengths 0..max_offset evenly, ``biased_early`` more short ones, ``biased_late``
+            more long ones.
+        probability: Share of samples before and without a ramp: ``probability``, or ``prob_start`` with a ramp.
+        final_probability: ``prob_end``, reached after the ramp; ``probability`` again without one.
+        ramp_steps: Optimizer steps from one to the other.
+        ramp_start: ``start_step``: the optimizer step at which the ramp begins.
+        ramp_shape: Straight, or half a cosine wave.
+        sampler: What solves the way down.
+        order: Its order; 1 for ``euler``.
+        reflex: ``None`` for a diffusion model, and for a flow without ``reflexflow``.
+    """
+
+    max_offset: int
+    strategy: Literal["uniform", "biased_early", "biased_late"] = "uniform"
+    probability: float = 0.0
+    final_probability: float = 0.0
+    ramp_steps: int = 0
+    ramp_start: int = 0
+    ramp_shape: Literal["linear", "cosine"] = "linear"
+    sampler: Literal["unipc", "euler", "dpm"] = "unipc"
+    order: int = 2
+    reflex: ReflexSettings | None = None
 
 
 class EmaSettings(Section):

@@ -17,6 +17,7 @@ from kubetuner.config.objective import (
     LossSettings,
     NoiseSettings,
     ProcessSettings,
+    RolloutSettings,
     SchedulerChange,
     TimestepBias,
 )
@@ -199,6 +200,7 @@ class TrainSection(Section):
         lr_end: Floor of the ``polynomial`` and ``sine`` schedules.
         lr_num_cycles: Restarts or waves over the whole run.
         optimizer_options: ``optimizer_config``, checked and typed.
+        rollout: ``None`` without ``scheduled_sampling_max_step_offset``.
         ema: ``None`` without ``use_ema``.
         nonfinite_loss: What to do with a step whose loss or gradient is not finite.
         log_step_interval: Optimizer steps between logged points.
@@ -244,6 +246,7 @@ class TrainSection(Section):
     timestep_bias: TimestepBias = TimestepBias()
     loss: LossSettings = LossSettings()
     noise: NoiseSettings = NoiseSettings()
+    rollout: RolloutSettings | None = None
     ema: EmaSettings | None = None
     nonfinite_loss: Literal["stop", "skip"] = "stop"
     seed: int = 42

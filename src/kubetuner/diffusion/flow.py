@@ -12,6 +12,8 @@ from kubetuner.config.objective import FlowSchedule, LossSettings
 from kubetuner.diffusion.losses import huber_turns, sample_losses
 from kubetuner.diffusion.process import NoisySample, broadcast
 
+_TIMESTEPS = 1000
+
 
 @dataclass(frozen=True)
 class AutoShift:
@@ -70,11 +72,40 @@ class FlowProcess:
         noisy = (1 - sigma) * latents + sigma * noise
         weights = torch.full_like(levels, self.scoring.snr_weight)
         turns = huber_turns(self.scoring, levels, levels / (1 - levels))
-        return NoisySample(noisy, levels * 1000, noise - latents, weights, turns)
+        return NoisySample(noisy, self.timesteps(levels), noise - latents, weights, turns)
 
     def loss(self, prediction: Tensor, sample: NoisySample) -> Tensor:
         """Weighted loss per sample."""
-        return sample_losses(self.scoring, prediction, sample.target, sample.weights, sample.turns)
+        return sample_losses(self.scoring, prediction, sample.target, sample.weights, sample.turns, sample.emphasis)
+
+    def as_target(self, prediction: Tensor, sample: NoisySample) -> Tensor:
+        """The prediction: it is the flow."""
+        return prediction
+
+    def clean(self, prediction: Tensor, noisy: Tensor, levels: Tensor) -> Tensor:
+        """The latents at the other end of the flow."""
+        return noisy - broadcast(levels.float(), noisy) * prediction
+
+    def rates(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """1 - sigma and sigma."""
+        sigma = levels.double()
+        return 1 - sigma, sigma
+
+    def timesteps(self, levels: Tensor) -> Tensor:
+        """1000 sigma."""
+        return levels * _TIMESTEPS
+
+    def room(self, levels: Tensor) -> Tensor:
+        """Up to sigma 0.999, as pure noise says nothing about the picture; none without any noise."""
+        above = ((1 - 1 / _TIMESTEPS - levels.double()) * _TIMESTEPS).floor().long().clamp(min=0)
+        return above * (levels > 0)
+
+    def noisier(self, levels: Tensor, steps: Tensor) -> Tensor:
+        """A timestep is a thousandth of sigma, the same anywhere: the shift moves where levels are drawn only.
+
+        SimpleTuner rolls out in sigma = t / 999 and reads the start's noise from the scheduler's shifted table.
+        """
+        return levels + steps.to(levels.dtype) / _TIMESTEPS
 
     def _draw(self, count: int, generator: Generator) -> Tensor:
         match self.schedule.density:

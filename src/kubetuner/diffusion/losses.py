@@ -46,10 +46,18 @@ def huber_turns(loss: LossSettings, progress: Tensor, noise_to_signal: Tensor) -
             return (1 - loss.huber_c) / (1 + noise_to_signal).square() + loss.huber_c
 
 
-def sample_losses(loss: LossSettings, prediction: Tensor, target: Tensor, weights: Tensor, turns: Tensor) -> Tensor:
+def sample_losses(
+    loss: LossSettings,
+    prediction: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    turns: Tensor,
+    emphasis: Tensor | None = None,
+) -> Tensor:
     """Weighted mean loss per sample, float32 ``[B]``.
 
     With difference d and c of ``turns``: ``l2`` is d², ``huber`` 2c(√(d² + c²) - c), ``smooth_l1`` 2(√(d² + c²) - c).
+    ``emphasis`` is a factor of each element's loss.
     """
     squares = (prediction.float() - target.float()).square()
     if loss.type != "l2":
@@ -57,4 +65,6 @@ def sample_losses(loss: LossSettings, prediction: Tensor, target: Tensor, weight
         squares = 2 * ((squares + c.square()).sqrt() - c)
         if loss.type == "huber":
             squares = squares * c
+    if emphasis is not None:
+        squares = squares * emphasis
     return squares.flatten(1).mean(1) * weights

@@ -17,6 +17,7 @@ class NoisySample:
         target: What the prediction is compared with, float32 ``[B, C, h, w]``.
         weights: Factor of each sample's loss, float32 ``[B]``.
         turns: ``huber_c`` of each sample, float32 ``[B]``; not used by the squared error.
+        emphasis: Factor of each element's loss, float32 ``[B, C, h, w]``; ``None`` where all count the same.
     """
 
     noisy_latents: Tensor
@@ -24,9 +25,10 @@ class NoisySample:
     target: Tensor
     weights: Tensor
     turns: Tensor
+    emphasis: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of them, in the order of the constructor."""
+        """All of them but ``emphasis``, in the order of the constructor."""
         return self.noisy_latents, self.timesteps, self.target, self.weights, self.turns
 
 
@@ -47,6 +49,30 @@ class NoiseProcess(Protocol):
 
     def loss(self, prediction: Tensor, sample: NoisySample) -> Tensor:
         """Loss per sample, float32 ``[B]``; its mean is the training loss."""
+        ...
+
+    def as_target(self, prediction: Tensor, sample: NoisySample) -> Tensor:
+        """What the model said of ``sample``, in the space of its target."""
+        ...
+
+    def clean(self, prediction: Tensor, noisy: Tensor, levels: Tensor) -> Tensor:
+        """The latents without noise that a prediction stands for, ``[B, C, h, w]``."""
+        ...
+
+    def rates(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of the latents and of the noise at ``levels`` of any shape, float64."""
+        ...
+
+    def timesteps(self, levels: Tensor) -> Tensor:
+        """What the model is told at ``levels``."""
+        ...
+
+    def room(self, levels: Tensor) -> Tensor:
+        """How many timesteps above ``levels`` ``[B]`` the picture still shows, so that a rollout may begin; int64."""
+        ...
+
+    def noisier(self, levels: Tensor, steps: Tensor) -> Tensor:
+        """The levels ``steps`` timesteps above ``levels``; both of one shape."""
         ...
 
 

@@ -35,7 +35,7 @@ _TRACKED_PARAMS = (
     "gradient_accumulation_steps", "mixed_precision", "base_model_precision", "optimizer", "learning_rate",
     "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "grad_clip_method", "caption_dropout_probability", "seed",
 )  # fmt: skip
-_TRACKED_GROUPS = ("loss", "noise", "timestep_bias", "flow", "ema")
+_TRACKED_GROUPS = ("loss", "noise", "timestep_bias", "flow", "rollout", "ema")
 
 
 def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[Path], out: Path) -> ModelArtifact:
@@ -114,7 +114,9 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
     return Job(
         section=section,
         denoiser=prepare_denoiser(section, family, device),
-        objective=Objective(family, process, batches.null, section.seed, bf16, section.noise, regularising),
+        objective=Objective(
+            family, process, batches.null, section.seed, bf16, section.noise, regularising, section.rollout
+        ),
         batches=batches,
         epochs=batches.epochs,
         total_steps=_total_steps(section, batches.batches_per_epoch),

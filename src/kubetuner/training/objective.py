@@ -1,6 +1,6 @@
 """From a batch to its loss: what is noised, how the denoiser is asked, and how its answer is scored."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.objective import NoiseSettings
+from kubetuner.config.objective import NoiseSettings, RolloutSettings
 from kubetuner.diffusion.process import NoiseProcess, NoisySample
+from kubetuner.diffusion.rollout import Departure, depart
 from kubetuner.families.base import Family, Named
 from kubetuner.families.lora import without_adapter
 from kubetuner.training.noise import draw_noise
 from kubetuner.training.randomness import generator
+from kubetuner.training.rollout import arrival_losses, arrive, as_in_inference, draw_steps
 
 
 class Batch(Protocol):
@@ -51,29 +53,43 @@ class Question:
     Attributes:
         regularising: The adapter is to answer as the base model does (``is_regularisation_data``); the target in
             ``noisy`` is not used.
+        departure: Where the samples start whose noisy latents the model draws itself, in place of those in ``noisy``.
     """
 
     samples: tuple[str, ...]
     noisy: NoisySample
     conditioning: Named
     regularising: bool = False
+    departure: Departure | None = None
 
     def on(self, device: torch.device) -> "Question":
         """The same on ``device``; from pinned memory without waiting for the copy."""
-        noisy = NoisySample(*(_to(tensor, device) for tensor in self.noisy.tensors()))
-        conditioning = {name: _to(tensor, device) for name, tensor in self.conditioning.items()}
-        return replace(self, noisy=noisy, conditioning=conditioning)
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def named(self) -> Named:
         """All tensors by name."""
-        noisy = {field.name: getattr(self.noisy, field.name) for field in fields(self.noisy)}
-        return noisy | {f"conditioning.{name}": tensor for name, tensor in self.conditioning.items()}
+        names = [field.name for field in fields(self.noisy)]
+        named = dict(zip(names, self.noisy.tensors(), strict=False))
+        if self.departure is not None:
+            named |= {"departure.start": self.departure.start, "departure.levels": self.departure.levels}
+        return named | {f"conditioning.{name}": tensor for name, tensor in self.conditioning.items()}
 
     def pinned(self) -> "Question":
         """The same in page-locked memory."""
-        noisy = NoisySample(*(tensor.pin_memory() for tensor in self.noisy.tensors()))
-        conditioning = {name: tensor.pin_memory() for name, tensor in self.conditioning.items()}
-        return replace(self, noisy=noisy, conditioning=conditioning)
+        return self._with_each(Tensor.pin_memory)
+
+    def of(self, rows: list[int]) -> "Question":
+        """Some of the samples, without their departure."""
+        if len(rows) == len(self.samples):
+            return replace(self, departure=None)
+        some = self._with_each(lambda tensor: tensor[rows])
+        return replace(some, samples=tuple(self.samples[row] for row in rows), departure=None)
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> "Question":
+        noisy = NoisySample(*(change(tensor) for tensor in self.noisy.tensors()))
+        conditioning = {name: change(tensor) for name, tensor in self.conditioning.items()}
+        departure = self.departure and replace(self.departure, start=change(self.departure.start))
+        return replace(self, noisy=noisy, conditioning=conditioning, departure=departure)
 
 
 @dataclass(frozen=True)
@@ -84,7 +100,8 @@ class Objective:
         null: Embedding of the empty text.
         seed: Seed of noise and noise levels.
         noise: Changes to the noise.
-        regularising: Ids of the datasets whose target is the base model's own prediction.
+        regularising: Ids of the datasets whose target is the base model's own prediction; they are never rolled out.
+        rollout: Which samples' noisy latents the model draws itself; ``None`` for none.
     """
 
     family: Family
@@ -94,6 +111,7 @@ class Objective:
     mixed_precision: bool
     noise: NoiseSettings = NoiseSettings()
     regularising: frozenset[str] = frozenset()
+    rollout: RolloutSettings | None = None
 
     def question(self, batch: Batch, step: int, micro: int) -> Question:
         """Draw noise and levels for ``batch`` and noise it, on the CPU."""
@@ -106,7 +124,11 @@ class Objective:
         conditioning = self.family.collate(batch.texts, self.null, batch.rows)
         names = tuple(row.sample for row in batch.rows)
         regularising = batch.rows[0].dataset in self.regularising
-        return Question(names, noisy, conditioning, regularising)
+        question = Question(names, noisy, conditioning, regularising)
+        if self.rollout is None or regularising:
+            return question
+        steps = draw_steps(self.rollout, self.process.room(levels), self.seed, step, micro)
+        return replace(question, departure=depart(self.process, latents, noise.input, levels, steps))
 
     def answer(self, denoiser: nn.Module, question: Question) -> Tensor:
         """The denoiser's prediction, float32."""
@@ -120,12 +142,23 @@ class Objective:
         noisy = question.noisy
         if question.regularising:
             with torch.no_grad(), without_adapter(denoiser):
-                noisy = replace(noisy, target=self.answer(denoiser, question))
+                noisy = replace(noisy, target=self.process.as_target(self.answer(denoiser, question), noisy))
+        if self.rollout is not None and question.departure is not None:
+            return self._rolled_out_losses(denoiser, question, self.rollout, question.departure)
         return self.process.loss(self.answer(denoiser, question), noisy)
+
+    def _rolled_out_losses(
+        self, denoiser: nn.Module, question: Question, rollout: RolloutSettings, departure: Departure
+    ) -> Tensor:
+        def ask(noisy: Tensor, timesteps: Tensor, rows: list[int]) -> Tensor:
+            some = question.of(rows)
+            noised = replace(some.noisy, noisy_latents=noisy, timesteps=timesteps)
+            return self.answer(denoiser, replace(some, noisy=noised))
+
+        with as_in_inference(denoiser):
+            arrival = arrive(rollout, self.process, departure, question.noisy, ask)
+        prediction = self.answer(denoiser, replace(question, noisy=arrival.drifted))
+        return arrival_losses(rollout, self.process, arrival, prediction)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
         return torch.autocast(device.type, torch.bfloat16) if self.mixed_precision else nullcontext()
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.to(device, non_blocking=True)

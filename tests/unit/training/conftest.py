@@ -76,7 +76,8 @@ class Setup:
         denoiser = prepare_denoiser(section, made, device)
         null = {name: torch.zeros(shape) for name, shape in TEXT[family].items()}
         process = made.noise_process(ref, section.process())
-        objective = Objective(made, process, null, section.seed, section.mixed_precision == "bf16", section.noise)
+        bf16 = section.mixed_precision == "bf16"
+        objective = Objective(made, process, null, section.seed, bf16, section.noise, frozenset(), section.rollout)
         return Job(section, denoiser, objective, batches, lambda taken: taken / 10, section.max_train_steps, device)
 
 
