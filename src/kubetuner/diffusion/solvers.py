@@ -93,7 +93,7 @@ def _shares(distances: Tensor, width: Tensor) -> Tensor:
         powers.append(distances**power)
         moments.append(phi * math.factorial(power + 1) / fall)
         phi = phi / -width - 1 / math.factorial(power + 2)
-    solved = torch.linalg.solve(torch.stack(powers).permute(2, 0, 1), torch.stack(moments).T)
+    solved: Tensor = torch.linalg.solve(torch.stack(powers).permute(2, 0, 1), torch.stack(moments).T)
     return solved.T / distances
 
 

@@ -9,7 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kubetuner.config.objective import EmaSettings, FlowSchedule, LossSettings, NoiseSettings, TimestepBias
+from kubetuner.config.objective import (
+    EmaSettings,
+    FlowSchedule,
+    LossSettings,
+    NoiseSettings,
+    ReflexSettings,
+    RolloutSettings,
+    TimestepBias,
+)
 from kubetuner.errors import TrainingError
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.interruption import TerminatedError
@@ -45,12 +53,16 @@ def test_a_resumed_run_has_the_same_losses_and_weights_bit_for_bit(
 LOSS = LossSettings(type="huber", snr_gamma=5.0)
 NOISE = NoiseSettings(offset=0.1, offset_probability=0.5, perturbation=0.1, perturbation_steps=5)
 BIAS = TimestepBias(strategy="later", multiplier=3.0)
+RAMP = RolloutSettings(max_offset=3, probability=0.4, final_probability=1.0, ramp_steps=4, ramp_start=1)
 
 
 @pytest.mark.parametrize(
     ("family", "switches"),
     [
         ("pixart_sigma", {"loss": LOSS, "noise": NOISE, "timestep_bias": BIAS}),
+        ("pixart_sigma", {"rollout": RAMP}),
+        ("sdxl", {"rollout": RAMP.model_copy(update={"sampler": "dpm"}), "loss": LossSettings(diff2flow=True)}),
+        ("sana", {"rollout": RAMP.model_copy(update={"reflex": ReflexSettings(), "ramp_shape": "cosine"})}),
         ("sana", {"flow": FlowSchedule(density="beta", auto_shift=True), "lr_scheduler": "sine"}),
         ("sana", {"ema": EmaSettings(decay=0.5, update_interval=2), "lr_scheduler": "cosine_with_restarts"}),
         ("sana", {"ema": EmaSettings(warmup_steps=3, device="accelerator"), "nonfinite_loss": "skip"}),
