@@ -25,8 +25,13 @@ _DIFFUSION_KEYS = (
 )  # fmt: skip
 _FLOW_KEYS = (
     "flow_schedule_auto_shift", "flow_use_beta_schedule", "flow_beta_schedule_alpha", "flow_beta_schedule_beta",
+    "flow_custom_timesteps", "flow_timesteps_mode",
     "scheduled_sampling_reflexflow", "scheduled_sampling_reflexflow_alpha", "scheduled_sampling_reflexflow_beta1",
     "scheduled_sampling_reflexflow_beta2",
+)  # fmt: skip
+_DENSITY_KEYS = (
+    "flow_schedule_shift", "flow_schedule_auto_shift", "flow_sigmoid_scale", "flow_use_uniform_schedule",
+    "flow_use_beta_schedule", "flow_beta_schedule_alpha", "flow_beta_schedule_beta",
 )  # fmt: skip
 _REFLEX_KEYS = tuple(f"scheduled_sampling_reflexflow_{name}" for name in ("alpha", "beta1", "beta2"))
 _RAMP_KEYS = tuple(f"scheduled_sampling_{name}" for name in ("prob_start", "prob_end", "start_step", "ramp_shape"))
@@ -79,8 +84,11 @@ class ObjectiveReader:
         )
 
     def flow_schedule(self) -> FlowSchedule:
-        """Density and shift of the sigmas."""
+        """Density and shift of the sigmas, or the list that is in their place."""
         values = self._values
+        if self.flow and "flow_custom_timesteps" in values:
+            return self._listed_sigmas()
+        self._idle(("flow_timesteps_mode",) if self.flow else (), "needs flow_custom_timesteps")
         uniform, beta = values.flag("flow_use_uniform_schedule"), values.flag("flow_use_beta_schedule")
         if uniform and beta:
             self._problem("flow_use_beta_schedule", "is true and so is flow_use_uniform_schedule; keep one of them.")
@@ -98,6 +106,26 @@ class ObjectiveReader:
             shift=values.number("flow_schedule_shift", 3.0),
             auto_shift=auto,
         )
+
+    def _listed_sigmas(self) -> FlowSchedule:
+        self._idle(_DENSITY_KEYS, "has no effect with flow_custom_timesteps")
+        given = self._values.json("flow_custom_timesteps")
+        entries: list[Any] = (
+            given.split(",") if isinstance(given, str) else given if isinstance(given, list) else [given]
+        )
+        try:
+            numbers = [float(entry) for entry in entries if not isinstance(entry, bool)]
+        except (TypeError, ValueError):
+            numbers = []
+        expected = "expected numbers: sigmas above 0 and at most 1, or timesteps above 1 and at most 1000"
+        if not numbers or len(numbers) < len(entries) or not all(0 < number <= 1000 for number in numbers):
+            self._problem("flow_custom_timesteps", f"is {given!r}; {expected}.")
+            return FlowSchedule()
+        if min(numbers) <= 1 < max(numbers):
+            self._problem("flow_custom_timesteps", f"is {given!r}, which mixes both; {expected}.")
+        sigmas = tuple(number if max(numbers) <= 1 else number / 1000 for number in numbers)
+        in_turn = self._values.text("flow_timesteps_mode", "fixed-list") == "round-robin"
+        return FlowSchedule(sigmas=sigmas, in_turn=in_turn)
 
     def train_fields(self) -> dict[str, Any]:
         """The train section's groups: bias, loss, noise, rollout and averaging."""

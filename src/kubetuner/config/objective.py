@@ -44,6 +44,9 @@ class FlowSchedule(Section):
         beta_beta: ``flow_beta_schedule_beta`` above 0.
         shift: ``flow_schedule_shift``: sigma' = shift * sigma / (1 + (shift - 1) * sigma); 1 and 0 leave it as it is.
         auto_shift: ``flow_schedule_auto_shift``: the shift follows the number of image tokens, in place of ``shift``.
+        sigmas: ``flow_custom_timesteps`` as sigmas above 0 and at most 1, drawn from in place of a density, and not
+            shifted; empty for none.
+        in_turn: ``flow_timesteps_mode`` ``round-robin``: samples take them one after the other, and not by chance.
     """
 
     density: Literal["logit_normal", "uniform", "beta"] = "logit_normal"
@@ -52,6 +55,8 @@ class FlowSchedule(Section):
     beta_beta: float = 2.0
     shift: float = 3.0
     auto_shift: bool = False
+    sigmas: tuple[float, ...] = ()
+    in_turn: bool = False
 
 
 class TimestepBias(Section):

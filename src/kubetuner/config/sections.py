@@ -196,7 +196,8 @@ class TrainSection(Section):
         base_model_precision: How the frozen base's linear layers are stored; see :mod:`kubetuner.config.precision`.
         max_train_steps: Optimizer steps; exactly one of this and ``num_train_epochs`` is above 0.
         grad_clip_method: ``norm`` or ``value``; ``max_grad_norm`` 0 turns clipping off.
-        checkpoint_step_interval: Optimizer steps between checkpoints; 0 for the end only.
+        checkpoint_step_interval: Optimizer steps between checkpoints; 0 for none by steps. There is one at the end.
+        checkpoint_epoch_interval: Epochs between further checkpoints; 0 for none by epochs.
         lr_end: Floor of the ``polynomial`` and ``sine`` schedules.
         lr_num_cycles: Restarts or waves over the whole run.
         optimizer_options: ``optimizer_config``, checked and typed.
@@ -208,7 +209,12 @@ class TrainSection(Section):
     """
 
     SPEED_ONLY: ClassVar[frozenset[str]] = frozenset(
-        {"checkpoint_step_interval", "checkpoints_total_limit", "resume_from_checkpoint"}
+        {
+            "checkpoint_step_interval",
+            "checkpoint_epoch_interval",
+            "checkpoints_total_limit",
+            "resume_from_checkpoint",
+        }
     )
 
     model: ModelRef
@@ -251,6 +257,7 @@ class TrainSection(Section):
     nonfinite_loss: Literal["stop", "skip"] = "stop"
     seed: int = 42
     checkpoint_step_interval: int = 500
+    checkpoint_epoch_interval: int = 0
     checkpoints_total_limit: int = 5
     resume_from_checkpoint: str = "latest"
     log_step_interval: int = 1

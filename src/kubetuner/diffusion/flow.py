@@ -55,8 +55,10 @@ class FlowProcess:
     auto: AutoShift | None = None
     scoring: LossSettings = LossSettings()
 
-    def draw_levels(self, shape: Sequence[int], generator: Generator) -> Tensor:
+    def draw_levels(self, shape: Sequence[int], generator: Generator, turn: int = 0) -> Tensor:
         """Sigmas float32 ``[B]``."""
+        if self.schedule.sigmas:
+            return self._of_list(shape[0], generator, turn)
         shift = self.schedule.shift if self.auto is None else self.auto.shift(shape[-2], shape[-1])
         sigmas = self._draw(shape[0], generator)
         return sigmas if shift <= 0 else shift * sigmas / (1 + (shift - 1) * sigmas)
@@ -106,6 +108,12 @@ class FlowProcess:
         SimpleTuner rolls out in sigma = t / 999 and reads the start's noise from the scheduler's shifted table.
         """
         return levels + steps.to(levels.dtype) / _TIMESTEPS
+
+    def _of_list(self, count: int, generator: Generator, turn: int) -> Tensor:
+        sigmas = torch.tensor(self.schedule.sigmas)
+        if self.schedule.in_turn:
+            return sigmas[(turn * count + torch.arange(count)) % len(sigmas)]
+        return sigmas[torch.randint(len(sigmas), (count,), generator=generator)]
 
     def _draw(self, count: int, generator: Generator) -> Tensor:
         match self.schedule.density:

@@ -35,8 +35,11 @@ class NoisySample:
 class NoiseProcess(Protocol):
     """How latents are noised, what is predicted, and how predictions are scored."""
 
-    def draw_levels(self, shape: Sequence[int], generator: Generator) -> Tensor:
-        """Draw one noise level per sample of latents ``[B, C, h, w]``: timesteps (epsilon) or sigmas (flow), on CPU."""
+    def draw_levels(self, shape: Sequence[int], generator: Generator, turn: int = 0) -> Tensor:
+        """Draw one noise level per sample of latents ``[B, C, h, w]``: timesteps (epsilon) or sigmas (flow), on CPU.
+
+        ``turn`` counts the micro-steps before this one, for levels that are taken one after the other.
+        """
         ...
 
     def eval_levels(self, count: int) -> Tensor:

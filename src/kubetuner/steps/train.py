@@ -115,7 +115,15 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
         section=section,
         denoiser=prepare_denoiser(section, family, device),
         objective=Objective(
-            family, process, batches.null, section.seed, bf16, section.noise, regularising, section.rollout
+            family,
+            process,
+            batches.null,
+            section.seed,
+            bf16,
+            noise=section.noise,
+            regularising=regularising,
+            rollout=section.rollout,
+            micro_steps=section.gradient_accumulation_steps,
         ),
         batches=batches,
         epochs=batches.epochs,

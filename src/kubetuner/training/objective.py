@@ -102,6 +102,7 @@ class Objective:
         noise: Changes to the noise.
         regularising: Ids of the datasets whose target is the base model's own prediction; they are never rolled out.
         rollout: Which samples' noisy latents the model draws itself; ``None`` for none.
+        micro_steps: Micro-steps of an optimizer step.
     """
 
     family: Family
@@ -112,12 +113,14 @@ class Objective:
     noise: NoiseSettings = NoiseSettings()
     regularising: frozenset[str] = frozenset()
     rollout: RolloutSettings | None = None
+    micro_steps: int = 1
 
     def question(self, batch: Batch, step: int, micro: int) -> Question:
         """Draw noise and levels for ``batch`` and noise it, on the CPU."""
         latents = batch.latents.float()
         noise = draw_noise(self.noise, latents.shape, self.seed, step, micro)
-        levels = self.process.draw_levels(latents.shape, generator(self.seed, "levels", step, micro))
+        turn = step * self.micro_steps + micro
+        levels = self.process.draw_levels(latents.shape, generator(self.seed, "levels", step, micro), turn)
         noisy = self.process.add_noise(latents, noise.target, levels)
         if noise.input is not noise.target:
             noisy = replace(noisy, noisy_latents=self.process.add_noise(latents, noise.input, levels).noisy_latents)

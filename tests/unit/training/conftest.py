@@ -77,7 +77,16 @@ class Setup:
         null = {name: torch.zeros(shape) for name, shape in TEXT[family].items()}
         process = made.noise_process(ref, section.process())
         bf16 = section.mixed_precision == "bf16"
-        objective = Objective(made, process, null, section.seed, bf16, section.noise, frozenset(), section.rollout)
+        objective = Objective(
+            made,
+            process,
+            null,
+            section.seed,
+            bf16,
+            noise=section.noise,
+            rollout=section.rollout,
+            micro_steps=section.gradient_accumulation_steps,
+        )
         return Job(section, denoiser, objective, batches, lambda taken: taken / 10, section.max_train_steps, device)
 
 
