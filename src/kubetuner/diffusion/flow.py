@@ -105,7 +105,7 @@ class FlowProcess:
     def noisier(self, levels: Tensor, steps: Tensor) -> Tensor:
         """A timestep is a thousandth of sigma, the same anywhere: the shift moves where levels are drawn only.
 
-        SimpleTuner rolls out in sigma = t / 999 and reads the start's noise from the scheduler's shifted table.
+        SimpleTuner mixes sigma = t / 999 with the scheduler's table.
         """
         return levels + steps.to(levels.dtype) / _TIMESTEPS
 
