@@ -10,6 +10,7 @@ from kubetuner.config.attention import HALF_ONLY, WITHOUT_MASKS
 from kubetuner.config.build_objective import ObjectiveReader
 from kubetuner.config.data import Data
 from kubetuner.config.keys import Values
+from kubetuner.config.learning_rate import read_rate
 from kubetuner.config.models import OUTLINES, FamilyOutline
 from kubetuner.config.objective import FlowSchedule, SchedulerChange
 from kubetuner.config.optimizers import OPTIMIZERS, OptimizerName, plain_settings, read_options
@@ -38,7 +39,8 @@ _SANA_KEYS = (
 _TRAIN_KEYS = (
     "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "mixed_precision", "lr_scheduler",
     "lr_warmup_steps", "lr_end", "lr_power", "lr_num_cycles", "grad_clip_method", "caption_dropout_probability",
-    "disable_segmented_timestep_sampling", "seed", "checkpoint_step_interval", "checkpoints_total_limit",
+    "disable_segmented_timestep_sampling", "seed", "checkpoint_step_interval", "checkpoint_epoch_interval",
+    "checkpoints_total_limit",
     "resume_from_checkpoint", "log_step_interval", "data_backend_sampling", "layer_freeze_strategy",
     "gradient_checkpointing_interval", "attention_mechanism", "base_model_precision", "masked_loss_probability",
 )  # fmt: skip
@@ -235,7 +237,6 @@ def _optimizer(base: Base, where: str, problems: list[Problem]) -> dict[str, obj
             place = "optimizer_config" if key in plain else key
             problems.append(Problem(f"{where}.{place}", f"sets {key} to 1 or more; expected a number below 1."))
     clip = (0.01 if base.family == "pixart_sigma" else 2.0) if outline.clips else 0.0
-    rate = {} if outline.learning_rate is None else {"learning_rate": outline.learning_rate}
     return {
         "optimizer": name,
         "optimizer_options": {option: value for option, value in options.items() if option in outline.options},
@@ -243,8 +244,7 @@ def _optimizer(base: Base, where: str, problems: list[Problem]) -> dict[str, obj
         **outline.defaults,
         **values.pick(*outline.defaults),
         **plain,
-        **rate,
-        **values.pick("learning_rate"),
+        "learning_rate": read_rate(values, outline.learning_rate, where, problems),
     }
 
 

@@ -9,6 +9,8 @@ from kubetuner.config.objective import (
     FlowSchedule,
     LossSettings,
     NoiseSettings,
+    ReflexSettings,
+    RolloutSettings,
     SchedulerChange,
     TimestepBias,
 )
@@ -19,11 +21,26 @@ _DIFFUSION_KEYS = (
     "snr_gamma", "use_soft_min_snr", "soft_min_snr_sigma_data", "offset_noise", "noise_offset",
     "noise_offset_probability", "input_perturbation", "input_perturbation_steps", "prediction_type",
     "rescale_betas_zero_snr", "inference_scheduler_timestep_spacing", "timestep_bias_strategy", "timestep_bias_portion",
-    "timestep_bias_multiplier", "timestep_bias_begin", "timestep_bias_end",
+    "timestep_bias_multiplier", "timestep_bias_begin", "timestep_bias_end", "diff2flow_enabled", "diff2flow_loss",
 )  # fmt: skip
 _FLOW_KEYS = (
     "flow_schedule_auto_shift", "flow_use_beta_schedule", "flow_beta_schedule_alpha", "flow_beta_schedule_beta",
+    "flow_custom_timesteps", "flow_timesteps_mode",
+    "scheduled_sampling_reflexflow", "scheduled_sampling_reflexflow_alpha", "scheduled_sampling_reflexflow_beta1",
+    "scheduled_sampling_reflexflow_beta2",
 )  # fmt: skip
+_DENSITY_KEYS = (
+    "flow_schedule_shift", "flow_schedule_auto_shift", "flow_sigmoid_scale", "flow_use_uniform_schedule",
+    "flow_use_beta_schedule", "flow_beta_schedule_alpha", "flow_beta_schedule_beta",
+)  # fmt: skip
+_REFLEX_KEYS = tuple(f"scheduled_sampling_reflexflow_{name}" for name in ("alpha", "beta1", "beta2"))
+_RAMP_KEYS = tuple(f"scheduled_sampling_{name}" for name in ("prob_start", "prob_end", "start_step", "ramp_shape"))
+_ROLLOUT_KEYS = (
+    *(f"scheduled_sampling_{name}" for name in ("strategy", "probability", "ramp_steps", "sampler", "order")),
+    *_RAMP_KEYS,
+    "scheduled_sampling_reflexflow",
+    *_REFLEX_KEYS,
+)
 
 
 class ObjectiveReader:
@@ -67,8 +84,11 @@ class ObjectiveReader:
         )
 
     def flow_schedule(self) -> FlowSchedule:
-        """Density and shift of the sigmas."""
+        """Density and shift of the sigmas, or the list that is in their place."""
         values = self._values
+        if self.flow and "flow_custom_timesteps" in values:
+            return self._listed_sigmas()
+        self._idle(("flow_timesteps_mode",) if self.flow else (), "needs flow_custom_timesteps")
         uniform, beta = values.flag("flow_use_uniform_schedule"), values.flag("flow_use_beta_schedule")
         if uniform and beta:
             self._problem("flow_use_beta_schedule", "is true and so is flow_use_uniform_schedule; keep one of them.")
@@ -87,12 +107,33 @@ class ObjectiveReader:
             auto_shift=auto,
         )
 
+    def _listed_sigmas(self) -> FlowSchedule:
+        self._idle(_DENSITY_KEYS, "has no effect with flow_custom_timesteps")
+        given = self._values.json("flow_custom_timesteps")
+        entries: list[Any] = (
+            given.split(",") if isinstance(given, str) else given if isinstance(given, list) else [given]
+        )
+        try:
+            numbers = [float(entry) for entry in entries if not isinstance(entry, bool)]
+        except (TypeError, ValueError):
+            numbers = []
+        expected = "expected numbers: sigmas above 0 and at most 1, or timesteps above 1 and at most 1000"
+        if not numbers or len(numbers) < len(entries) or not all(0 < number <= 1000 for number in numbers):
+            self._problem("flow_custom_timesteps", f"is {given!r}; {expected}.")
+            return FlowSchedule()
+        if min(numbers) <= 1 < max(numbers):
+            self._problem("flow_custom_timesteps", f"is {given!r}, which mixes both; {expected}.")
+        sigmas = tuple(number if max(numbers) <= 1 else number / 1000 for number in numbers)
+        in_turn = self._values.text("flow_timesteps_mode", "fixed-list") == "round-robin"
+        return FlowSchedule(sigmas=sigmas, in_turn=in_turn)
+
     def train_fields(self) -> dict[str, Any]:
-        """The train section's groups: bias, loss, noise and averaging."""
+        """The train section's groups: bias, loss, noise, rollout and averaging."""
         return {
             "timestep_bias": self._bias(),
             "loss": self._loss(),
             "noise": self._noise(),
+            "rollout": self._rollout(),
             "ema": self._ema(),
             **self._values.pick("nonfinite_loss"),
         }
@@ -133,6 +174,10 @@ class ObjectiveReader:
             self._problem("use_soft_min_snr", "is true; it needs soft_min_snr_sigma_data or snr_gamma.")
         if gamma or soft:
             self._idle(("snr_weight",), "has no effect with min-SNR weighting")
+        diff2flow = self._diff2flow()
+        if diff2flow:
+            names = ("snr_gamma", "use_soft_min_snr", "snr_weight", "loss_type")
+            self._idle(names, "has no effect with diff2flow_loss, which is the plain squared error of the flow")
         return LossSettings.model_validate(
             {
                 "type": kind,
@@ -141,8 +186,26 @@ class ObjectiveReader:
                 "snr_gamma": gamma,
                 "snr_weight": values.number("snr_weight", 1.0),
                 "soft_sigma_data": soft,
+                "diff2flow": diff2flow,
             }
         )
+
+    def _diff2flow(self) -> bool:
+        """Whether the loss is that of the flow; ``refuse_foreign`` answers for families that train one anyway."""
+        enabled, loss = self._values.flag("diff2flow_enabled"), self._values.flag("diff2flow_loss")
+        if self.flow:
+            return False
+        if enabled and not loss:
+            self._problem("diff2flow_enabled", "changes nothing by itself; set diff2flow_loss too, or remove it.")
+        if loss and not enabled:
+            self._problem("diff2flow_loss", "needs diff2flow_enabled.")
+        if loss and self._values.number("input_perturbation", 0.0):
+            message = (
+                "is not possible with diff2flow_loss: the flow is computed from the input, perturbation included, so "
+                "that the model would be told to predict it too; remove one of them."
+            )
+            self._problem("input_perturbation", message)
+        return enabled and loss
 
     def _noise(self) -> NoiseSettings:
         values = self._values
@@ -160,6 +223,57 @@ class ObjectiveReader:
             perturbation=perturbation,
             perturbation_steps=values.integer("input_perturbation_steps", 0) if perturbation else 0,
         )
+
+    def _rollout(self) -> RolloutSettings | None:
+        values, prefix = self._values, "scheduled_sampling_"
+        offset = values.integer(f"{prefix}max_step_offset", 0)
+        if not offset:
+            self._idle(_ROLLOUT_KEYS, f"needs {prefix}max_step_offset above 0")
+            return None
+        ramp = values.integer(f"{prefix}ramp_steps", 0)
+        chance = values.number(f"{prefix}probability", 0.0)
+        final = values.number(f"{prefix}prob_end", 0.5) if ramp else chance
+        if ramp:
+            reason = f"has no effect with {prefix}ramp_steps, which goes from prob_start to prob_end"
+            self._idle((f"{prefix}probability",), reason)
+            chance = values.number(f"{prefix}prob_start", 0.0)
+        else:
+            self._idle(_RAMP_KEYS, f"needs {prefix}ramp_steps")
+        if not max(chance, final):
+            chances = "prob_start and prob_end are" if ramp else "probability is"
+            message = f"is {offset}, but {prefix}{chances} 0, so that no sample would be rolled out; raise it."
+            self._problem(f"{prefix}max_step_offset", message)
+        sampler, order = values.text(f"{prefix}sampler", "unipc"), values.integer(f"{prefix}order", 2)
+        if sampler == "euler":
+            self._idle((f"{prefix}order",), f"has no effect with {prefix}sampler euler")
+            order = 1
+        elif sampler == "dpm" and order > 2:
+            self._problem(f"{prefix}order", f"is {order}; dpm has orders 1 and 2 (unipc has 3).")
+        return RolloutSettings.model_validate(
+            {
+                "max_offset": offset,
+                "strategy": values.text(f"{prefix}strategy", "uniform"),
+                "probability": chance,
+                "final_probability": final,
+                "ramp_steps": ramp,
+                "ramp_start": values.integer(f"{prefix}start_step", 0),
+                "ramp_shape": values.text(f"{prefix}ramp_shape", "linear"),
+                "sampler": sampler,
+                "order": order,
+                "reflex": self._reflex(),
+            }
+        )
+
+    def _reflex(self) -> ReflexSettings | None:
+        if not self.flow:
+            return None
+        if not self._values.flag("scheduled_sampling_reflexflow", True):
+            self._idle(_REFLEX_KEYS, "needs scheduled_sampling_reflexflow")
+            return None
+        alpha, drift, loss = (
+            self._values.number(name, default) for name, default in zip(_REFLEX_KEYS, (1.0, 10.0, 1.0), strict=True)
+        )
+        return ReflexSettings(alpha=alpha, drift_weight=drift, loss_weight=loss)
 
     def _ema(self) -> EmaSettings | None:
         values = self._values

@@ -44,6 +44,9 @@ class FlowSchedule(Section):
         beta_beta: ``flow_beta_schedule_beta`` above 0.
         shift: ``flow_schedule_shift``: sigma' = shift * sigma / (1 + (shift - 1) * sigma); 1 and 0 leave it as it is.
         auto_shift: ``flow_schedule_auto_shift``: the shift follows the number of image tokens, in place of ``shift``.
+        sigmas: ``flow_custom_timesteps`` as sigmas above 0 and at most 1, drawn from in place of a density, and not
+            shifted; empty for none.
+        in_turn: ``flow_timesteps_mode`` ``round-robin``: samples take them one after the other, and not by chance.
     """
 
     density: Literal["logit_normal", "uniform", "beta"] = "logit_normal"
@@ -52,6 +55,8 @@ class FlowSchedule(Section):
     beta_beta: float = 2.0
     shift: float = 3.0
     auto_shift: bool = False
+    sigmas: tuple[float, ...] = ()
+    in_turn: bool = False
 
 
 class TimestepBias(Section):
@@ -83,6 +88,8 @@ class LossSettings(Section):
         snr_weight: Factor of an unweighted loss.
         soft_sigma_data: ``soft_min_snr_sigma_data`` with ``use_soft_min_snr``: soft min-SNR (Crowson et al. 2024); its
             gamma is ``1 / soft_sigma_data ** 2``; 0 for none.
+        diff2flow: ``diff2flow_loss``: a diffusion model's prediction is scored as the flow noise - latents that it
+            stands for (Schusterbauer et al. 2025, https://arxiv.org/abs/2506.02221).
     """
 
     type: Literal["l2", "huber", "smooth_l1"] = "l2"
@@ -91,6 +98,7 @@ class LossSettings(Section):
     snr_gamma: float = 0.0
     snr_weight: float = 1.0
     soft_sigma_data: float = 0.0
+    diff2flow: bool = False
 
 
 class ProcessSettings(Section):
@@ -120,6 +128,49 @@ class NoiseSettings(Section):
     offset_probability: float = 1.0
     perturbation: float = 0.0
     perturbation_steps: int = 0
+
+
+class ReflexSettings(Section):
+    """What is added to the loss of a flow's rolled-out samples (``scheduled_sampling_reflexflow*``).
+
+    Attributes:
+        alpha: How much more an element counts where the rollout changed the prediction.
+        drift_weight: ``beta1``: weight of the direction back to the picture.
+        loss_weight: ``beta2``: weight of the loss proper.
+    """
+
+    alpha: float = 1.0
+    drift_weight: float = 10.0
+    loss_weight: float = 1.0
+
+
+class RolloutSettings(Section):
+    """Samples whose noisy input the model draws itself, from more noise (``scheduled_sampling_*``).
+
+    Attributes:
+        max_offset: ``max_step_offset``: timesteps that a rollout takes at most, of 1..999.
+        strategy: ``uniform`` draws all lengths 0..max_offset evenly, ``biased_early`` more short ones, ``biased_late``
+            more long ones.
+        probability: Share of samples before and without a ramp: ``probability``, or ``prob_start`` with a ramp.
+        final_probability: ``prob_end``, reached after the ramp; ``probability`` again without one.
+        ramp_steps: Optimizer steps from one to the other.
+        ramp_start: ``start_step``: the optimizer step at which the ramp begins.
+        ramp_shape: Straight, or half a cosine wave.
+        sampler: What solves the way down.
+        order: Its order; 1 for ``euler``.
+        reflex: ``None`` for a diffusion model, and for a flow without ``reflexflow``.
+    """
+
+    max_offset: int
+    strategy: Literal["uniform", "biased_early", "biased_late"] = "uniform"
+    probability: float = 0.0
+    final_probability: float = 0.0
+    ramp_steps: int = 0
+    ramp_start: int = 0
+    ramp_shape: Literal["linear", "cosine"] = "linear"
+    sampler: Literal["unipc", "euler", "dpm"] = "unipc"
+    order: int = 2
+    reflex: ReflexSettings | None = None
 
 
 class EmaSettings(Section):

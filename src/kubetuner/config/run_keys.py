@@ -69,6 +69,8 @@ TRAIN_RULES: dict[str, Rule] = {
     "adam_weight_decay": Key("float", low=0),
     "adam_epsilon": Key("float", above=0),
     "learning_rate": Key("float", above=0),
+    "lr_scale": Key("bool"),
+    "lr_scale_sqrt": Key("bool"),
     "lr_scheduler": Key(
         "str",
         one_of("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "sine", "polynomial"),
@@ -83,6 +85,7 @@ TRAIN_RULES: dict[str, Rule] = {
     "disable_segmented_timestep_sampling": Key("bool"),
     "seed": Key("int", low=0),
     "checkpoint_step_interval": Key("int", low=0),
+    "checkpoint_epoch_interval": Key("int", low=0),
     "checkpoints_total_limit": Key("int", low=1),
     "resume_from_checkpoint": Key("str"),
     "log_step_interval": Key("int", low=1),

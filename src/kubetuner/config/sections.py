@@ -17,6 +17,7 @@ from kubetuner.config.objective import (
     LossSettings,
     NoiseSettings,
     ProcessSettings,
+    RolloutSettings,
     SchedulerChange,
     TimestepBias,
 )
@@ -198,10 +199,12 @@ class TrainSection(Section):
         base_model_precision: How the frozen base's linear layers are stored; see :mod:`kubetuner.config.precision`.
         max_train_steps: Optimizer steps; exactly one of this and ``num_train_epochs`` is above 0.
         grad_clip_method: ``norm`` or ``value``; ``max_grad_norm`` 0 turns clipping off.
-        checkpoint_step_interval: Optimizer steps between checkpoints; 0 for the end only.
+        checkpoint_step_interval: Optimizer steps between checkpoints; 0 for none by steps. There is one at the end.
+        checkpoint_epoch_interval: Epochs between further checkpoints; 0 for none by epochs.
         lr_end: Floor of the ``polynomial`` and ``sine`` schedules.
         lr_num_cycles: Restarts or waves over the whole run.
         optimizer_options: ``optimizer_config``, checked and typed.
+        rollout: ``None`` without ``scheduled_sampling_max_step_offset``.
         ema: ``None`` without ``use_ema``.
         masked_loss_probability: How likely a sample's mask is used, 0..1, where it has one.
         nonfinite_loss: What to do with a step whose loss or gradient is not finite.
@@ -210,7 +213,12 @@ class TrainSection(Section):
     """
 
     SPEED_ONLY: ClassVar[frozenset[str]] = frozenset(
-        {"checkpoint_step_interval", "checkpoints_total_limit", "resume_from_checkpoint"}
+        {
+            "checkpoint_step_interval",
+            "checkpoint_epoch_interval",
+            "checkpoints_total_limit",
+            "resume_from_checkpoint",
+        }
     )
 
     model: ModelRef
@@ -248,11 +256,13 @@ class TrainSection(Section):
     timestep_bias: TimestepBias = TimestepBias()
     loss: LossSettings = LossSettings()
     noise: NoiseSettings = NoiseSettings()
+    rollout: RolloutSettings | None = None
     ema: EmaSettings | None = None
     masked_loss_probability: float = 1.0
     nonfinite_loss: Literal["stop", "skip"] = "stop"
     seed: int = 42
     checkpoint_step_interval: int = 500
+    checkpoint_epoch_interval: int = 0
     checkpoints_total_limit: int = 5
     resume_from_checkpoint: str = "latest"
     log_step_interval: int = 1

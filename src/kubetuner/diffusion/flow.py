@@ -12,6 +12,8 @@ from kubetuner.config.objective import FlowSchedule, LossSettings
 from kubetuner.diffusion.losses import huber_turns, sample_losses
 from kubetuner.diffusion.process import NoisySample, broadcast
 
+_TIMESTEPS = 1000
+
 
 @dataclass(frozen=True)
 class AutoShift:
@@ -53,8 +55,10 @@ class FlowProcess:
     auto: AutoShift | None = None
     scoring: LossSettings = LossSettings()
 
-    def draw_levels(self, shape: Sequence[int], generator: Generator) -> Tensor:
+    def draw_levels(self, shape: Sequence[int], generator: Generator, turn: int = 0) -> Tensor:
         """Sigmas float32 ``[B]``."""
+        if self.schedule.sigmas:
+            return self._of_list(shape[0], generator, turn)
         shift = self.schedule.shift if self.auto is None else self.auto.shift(shape[-2], shape[-1])
         sigmas = self._draw(shape[0], generator)
         return sigmas if shift <= 0 else shift * sigmas / (1 + (shift - 1) * sigmas)
@@ -70,11 +74,46 @@ class FlowProcess:
         noisy = (1 - sigma) * latents + sigma * noise
         weights = torch.full_like(levels, self.scoring.snr_weight)
         turns = huber_turns(self.scoring, levels, levels / (1 - levels))
-        return NoisySample(noisy, levels * 1000, noise - latents, weights, turns)
+        return NoisySample(noisy, self.timesteps(levels), noise - latents, weights, turns)
 
     def loss(self, prediction: Tensor, sample: NoisySample) -> Tensor:
         """Weighted loss per sample."""
-        return sample_losses(self.scoring, prediction, sample.target, sample.weights, sample.turns, sample.mask)
+        return sample_losses(self.scoring, prediction, sample.target, sample.weights, sample.turns, sample.emphasis)
+
+    def as_target(self, prediction: Tensor, sample: NoisySample) -> Tensor:
+        """The prediction: it is the flow."""
+        return prediction
+
+    def clean(self, prediction: Tensor, noisy: Tensor, levels: Tensor) -> Tensor:
+        """The latents at the other end of the flow."""
+        return noisy - broadcast(levels.float(), noisy) * prediction
+
+    def rates(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """1 - sigma and sigma."""
+        sigma = levels.double()
+        return 1 - sigma, sigma
+
+    def timesteps(self, levels: Tensor) -> Tensor:
+        """1000 sigma."""
+        return levels * _TIMESTEPS
+
+    def room(self, levels: Tensor) -> Tensor:
+        """Up to sigma 0.999, as pure noise says nothing about the picture; none without any noise."""
+        above = ((1 - 1 / _TIMESTEPS - levels.double()) * _TIMESTEPS).floor().long().clamp(min=0)
+        return above * (levels > 0)
+
+    def noisier(self, levels: Tensor, steps: Tensor) -> Tensor:
+        """A timestep is a thousandth of sigma, the same anywhere: the shift moves where levels are drawn only.
+
+        SimpleTuner mixes sigma = t / 999 with the scheduler's table.
+        """
+        return levels + steps.to(levels.dtype) / _TIMESTEPS
+
+    def _of_list(self, count: int, generator: Generator, turn: int) -> Tensor:
+        sigmas = torch.tensor(self.schedule.sigmas)
+        if self.schedule.in_turn:
+            return sigmas[(turn * count + torch.arange(count)) % len(sigmas)]
+        return sigmas[torch.randint(len(sigmas), (count,), generator=generator)]
 
     def _draw(self, count: int, generator: Generator) -> Tensor:
         match self.schedule.density:

@@ -52,13 +52,13 @@ def sample_losses(
     target: Tensor,
     weights: Tensor,
     turns: Tensor,
-    mask: Tensor | None = None,
+    emphasis: Tensor | None = None,
 ) -> Tensor:
     """Weighted mean loss per sample, float32 ``[B]``.
 
     With difference d and c of ``turns``: ``l2`` is d², ``huber`` 2c(√(d² + c²) - c), ``smooth_l1`` 2(√(d² + c²) - c).
-    A ``mask`` ``[B, 1, h, w]`` multiplies that before the mean, which still divides by the whole area: a picture of
-    which half counts has half the say, as in SimpleTuner.
+    ``emphasis`` ``[B, 1 or C, h, w]`` multiplies each element's loss before the mean, which still divides by the whole
+    area: a picture of which a mask leaves half has half the say, as in SimpleTuner.
     """
     squares = (prediction.float() - target.float()).square()
     if loss.type != "l2":
@@ -66,6 +66,6 @@ def sample_losses(
         squares = 2 * ((squares + c.square()).sqrt() - c)
         if loss.type == "huber":
             squares = squares * c
-    if mask is not None:
-        squares = squares * mask
+    if emphasis is not None:
+        squares = squares * emphasis
     return squares.flatten(1).mean(1) * weights

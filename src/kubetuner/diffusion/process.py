@@ -17,7 +17,8 @@ class NoisySample:
         target: What the prediction is compared with, float32 ``[B, C, h, w]``.
         weights: Factor of each sample's loss, float32 ``[B]``.
         turns: ``huber_c`` of each sample, float32 ``[B]``; not used by the squared error.
-        mask: How much each latent pixel's loss counts, float32 ``[B, 1, h, w]`` in 0..1; ``None`` for 1 everywhere.
+        emphasis: Factor of each element's loss, float32 ``[B, 1 or C, h, w]``: a mask, ReflexFlow's weights, or both
+            multiplied; ``None`` where all count the same.
     """
 
     noisy_latents: Tensor
@@ -25,7 +26,7 @@ class NoisySample:
     target: Tensor
     weights: Tensor
     turns: Tensor
-    mask: Tensor | None = None
+    emphasis: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Those that there are, by name."""
@@ -40,8 +41,11 @@ class NoisySample:
 class NoiseProcess(Protocol):
     """How latents are noised, what is predicted, and how predictions are scored."""
 
-    def draw_levels(self, shape: Sequence[int], generator: Generator) -> Tensor:
-        """Draw one noise level per sample of latents ``[B, C, h, w]``: timesteps (epsilon) or sigmas (flow), on CPU."""
+    def draw_levels(self, shape: Sequence[int], generator: Generator, turn: int = 0) -> Tensor:
+        """Draw one noise level per sample of latents ``[B, C, h, w]``: timesteps (epsilon) or sigmas (flow), on CPU.
+
+        ``turn`` counts the micro-steps before this one, for levels that are taken one after the other.
+        """
         ...
 
     def eval_levels(self, count: int) -> Tensor:
@@ -54,6 +58,30 @@ class NoiseProcess(Protocol):
 
     def loss(self, prediction: Tensor, sample: NoisySample) -> Tensor:
         """Loss per sample, float32 ``[B]``; its mean is the training loss."""
+        ...
+
+    def as_target(self, prediction: Tensor, sample: NoisySample) -> Tensor:
+        """What the model said of ``sample``, in the space of its target."""
+        ...
+
+    def clean(self, prediction: Tensor, noisy: Tensor, levels: Tensor) -> Tensor:
+        """The latents without noise that a prediction stands for, ``[B, C, h, w]``."""
+        ...
+
+    def rates(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of the latents and of the noise at ``levels`` of any shape, float64."""
+        ...
+
+    def timesteps(self, levels: Tensor) -> Tensor:
+        """What the model is told at ``levels``."""
+        ...
+
+    def room(self, levels: Tensor) -> Tensor:
+        """How many timesteps above ``levels`` ``[B]`` the picture still shows, so that a rollout may begin; int64."""
+        ...
+
+    def noisier(self, levels: Tensor, steps: Tensor) -> Tensor:
+        """The levels ``steps`` timesteps above ``levels``; both of one shape."""
         ...
 
 

@@ -56,6 +56,7 @@ _GROUPS: dict[str, tuple[str, Section | None]] = {
     "noise": ("Training noise", NoiseSettings()),
     "timestep_bias": ("Timestep bias", TimestepBias()),
     "flow": ("Flow schedule", FlowSchedule()),
+    "rollout": ("Scheduled sampling", None),
     "ema": ("Averaged weights (EMA)", None),
     "optimizer_options": ("Optimizer options", None),
 }
@@ -197,7 +198,7 @@ def _groups(settings: Mapping[str, object]) -> list[tuple[str, str]]:
     """The groups of settings that were chosen, with what differs from the default."""
     rows = []
     for name, (title, default) in _GROUPS.items():
-        values, usual = settings.get(name), {} if default is None else default.model_dump()
+        values, usual = settings.get(name), {} if default is None else default.model_dump(mode="json")
         if isinstance(values, dict):
             chosen = [
                 f"{key} {_text(value)}" for key, value in values.items() if key not in usual or usual[key] != value
@@ -209,6 +210,8 @@ def _groups(settings: Mapping[str, object]) -> list[tuple[str, str]]:
 def _text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        return f"({', '.join(f'{key} {_text(item)}' for key, item in value.items())})"
     if isinstance(value, list):
         return ", ".join(str(item) for item in value)
     return str(value)

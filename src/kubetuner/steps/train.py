@@ -35,7 +35,7 @@ _TRACKED_PARAMS = (
     "gradient_accumulation_steps", "mixed_precision", "base_model_precision", "optimizer", "learning_rate",
     "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "grad_clip_method", "caption_dropout_probability", "seed",
 )  # fmt: skip
-_TRACKED_GROUPS = ("loss", "noise", "timestep_bias", "flow", "ema")
+_TRACKED_GROUPS = ("loss", "noise", "timestep_bias", "flow", "rollout", "ema")
 
 
 def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[Path], out: Path) -> ModelArtifact:
@@ -120,9 +120,11 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
             batches.null,
             section.seed,
             bf16,
-            section.noise,
-            regularising,
-            section.masked_loss_probability,
+            noise=section.noise,
+            regularising=regularising,
+            masked=section.masked_loss_probability,
+            rollout=section.rollout,
+            micro_steps=section.gradient_accumulation_steps,
         ),
         batches=batches,
         epochs=batches.epochs,

@@ -157,8 +157,14 @@ def _run_backwards(job: Job, parameters: list[nn.Parameter], feed: Feed, step: i
 
 
 def _checkpoint_due(job: Job, taken: int) -> bool:
-    interval = job.section.checkpoint_step_interval
-    return taken == job.total_steps or (interval > 0 and taken % interval == 0)
+    steps, epochs = job.section.checkpoint_step_interval, job.section.checkpoint_epoch_interval
+    if taken == job.total_steps or (steps > 0 and taken % steps == 0):
+        return True
+    if epochs == 0:
+        return False
+    micro_steps = job.section.gradient_accumulation_steps
+    before = job.epochs((taken - 1) * micro_steps) if taken > 1 else 0.0
+    return job.epochs(taken * micro_steps) // epochs > before // epochs
 
 
 def _resume(job: Job, learner: _Learner, checkpoints: Checkpoints) -> tuple[int, tuple[LossPoint, ...]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from kubetuner.config.sections import TrainSection
+from kubetuner.diffusion.rollout import probability
 from kubetuner.progress import Progress
 from kubetuner.training.averages import decay_after
 from kubetuner.training.checkpoints import LossPoint
@@ -45,7 +46,8 @@ class Meter:
     ) -> None:
         self._interval = max(1, section.log_step_interval)
         self._gradient_name = "grad_norm" if section.grad_clip_method == "norm" else "grad_absmax"
-        self._guard, self._ema, self._log, self._progress = guard, section.ema, log, progress
+        self._guard, self._log, self._progress = guard, log, progress
+        self._ema, self._rollout = section.ema, section.rollout
         self.points = list(points)
         self._pending: _Reading | None = None
 
@@ -75,6 +77,8 @@ class Meter:
         if taken.number % self._interval == 0 or not self.points:
             self.points.append(LossPoint(step=taken.number, loss=loss, lr=taken.learning_rate))
             values = {"train_loss": loss, "learning_rate": taken.learning_rate, "epoch": taken.epoch}
+            if self._rollout is not None:
+                values["rollout_probability"] = probability(self._rollout, taken.number - 1)
             if self._ema is not None:
                 values["ema_decay_value"] = decay_after(self._ema, taken.number)
             parents = [loss for loss, regularising in zip(losses, taken.regularising, strict=True) if regularising]

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 MOST_SKIPPED_IN_A_ROW = 10
 BATCH, POSITION = "batch.safetensors", "position.json"
-_PURPOSES = ("noise", "offset", "perturbation", "levels", "masks", "dropout")
+_PURPOSES = ("noise", "offset", "perturbation", "levels", "masks", "rollout", "dropout")
 
 
 class Guard:

@@ -1,6 +1,6 @@
 """From a batch to its loss: what is noised, how the denoiser is asked, and how its answer is scored."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.objective import NoiseSettings
+from kubetuner.config.objective import NoiseSettings, RolloutSettings
 from kubetuner.diffusion.process import NoiseProcess, NoisySample
+from kubetuner.diffusion.rollout import Departure, depart
 from kubetuner.families.base import Family, Named
 from kubetuner.families.lora import without_adapter
 from kubetuner.training.masks import draw_masks
 from kubetuner.training.noise import draw_noise
 from kubetuner.training.randomness import generator
+from kubetuner.training.rollout import arrival_losses, arrive, as_in_inference, draw_steps
 
 
 class Batch(Protocol):
@@ -57,28 +59,42 @@ class Question:
     Attributes:
         regularising: The adapter is to answer as the base model does (``is_regularisation_data``); the target in
             ``noisy`` is not used.
+        departure: Where the samples start whose noisy latents the model draws itself, in place of those in ``noisy``.
     """
 
     samples: tuple[str, ...]
     noisy: NoisySample
     conditioning: Named
     regularising: bool = False
+    departure: Departure | None = None
 
     def on(self, device: torch.device) -> "Question":
         """The same on ``device``; from pinned memory without waiting for the copy."""
-        noisy = self.noisy.each(lambda tensor: _to(tensor, device))
-        conditioning = {name: _to(tensor, device) for name, tensor in self.conditioning.items()}
-        return replace(self, noisy=noisy, conditioning=conditioning)
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def named(self) -> Named:
         """All tensors by name."""
-        return self.noisy.tensors() | {f"conditioning.{name}": tensor for name, tensor in self.conditioning.items()}
+        named = self.noisy.tensors()
+        if self.departure is not None:
+            named |= {"departure.start": self.departure.start, "departure.levels": self.departure.levels}
+        return named | {f"conditioning.{name}": tensor for name, tensor in self.conditioning.items()}
 
     def pinned(self) -> "Question":
         """The same in page-locked memory."""
-        noisy = self.noisy.each(lambda tensor: tensor.pin_memory())
-        conditioning = {name: tensor.pin_memory() for name, tensor in self.conditioning.items()}
-        return replace(self, noisy=noisy, conditioning=conditioning)
+        return self._with_each(Tensor.pin_memory)
+
+    def of(self, rows: list[int]) -> "Question":
+        """Some of the samples, without their departure."""
+        if len(rows) == len(self.samples):
+            return replace(self, departure=None)
+        some = self._with_each(lambda tensor: tensor[rows])
+        return replace(some, samples=tuple(self.samples[row] for row in rows), departure=None)
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> "Question":
+        noisy = self.noisy.each(change)
+        conditioning = {name: change(tensor) for name, tensor in self.conditioning.items()}
+        departure = self.departure and replace(self.departure, start=change(self.departure.start))
+        return replace(self, noisy=noisy, conditioning=conditioning, departure=departure)
 
 
 @dataclass(frozen=True)
@@ -89,8 +105,10 @@ class Objective:
         null: Embedding of the empty text.
         seed: Seed of noise and noise levels.
         noise: Changes to the noise.
-        regularising: Ids of the datasets whose target is the base model's own prediction.
+        regularising: Ids of the datasets whose target is the base model's own prediction; they are never rolled out.
         masked: How likely a sample's mask is used (``masked_loss_probability``), 0..1.
+        rollout: Which samples' noisy latents the model draws itself; ``None`` for none.
+        micro_steps: Micro-steps of an optimizer step.
     """
 
     family: Family
@@ -101,21 +119,28 @@ class Objective:
     noise: NoiseSettings = NoiseSettings()
     regularising: frozenset[str] = frozenset()
     masked: float = 1.0
+    rollout: RolloutSettings | None = None
+    micro_steps: int = 1
 
     def question(self, batch: Batch, step: int, micro: int) -> Question:
         """Draw noise and levels for ``batch`` and noise it, on the CPU."""
         latents = batch.latents.float()
         noise = draw_noise(self.noise, latents.shape, self.seed, step, micro)
-        levels = self.process.draw_levels(latents.shape, generator(self.seed, "levels", step, micro))
+        turn = step * self.micro_steps + micro
+        levels = self.process.draw_levels(latents.shape, generator(self.seed, "levels", step, micro), turn)
         noisy = self.process.add_noise(latents, noise.target, levels)
         if noise.input is not noise.target:
             noisy = replace(noisy, noisy_latents=self.process.add_noise(latents, noise.input, levels).noisy_latents)
         if batch.masks is not None:
-            noisy = replace(noisy, mask=draw_masks(self.masked, batch.masks, self.seed, step, micro))
+            noisy = replace(noisy, emphasis=draw_masks(self.masked, batch.masks, self.seed, step, micro))
         conditioning = self.family.collate(batch.texts, self.null, batch.rows)
         names = tuple(row.sample for row in batch.rows)
         regularising = batch.rows[0].dataset in self.regularising
-        return Question(names, noisy, conditioning, regularising)
+        question = Question(names, noisy, conditioning, regularising)
+        if self.rollout is None or regularising:
+            return question
+        steps = draw_steps(self.rollout, self.process.room(levels), self.seed, step, micro)
+        return replace(question, departure=depart(self.process, latents, noise.input, levels, steps))
 
     def answer(self, denoiser: nn.Module, question: Question) -> Tensor:
         """The denoiser's prediction, float32."""
@@ -129,12 +154,23 @@ class Objective:
         noisy = question.noisy
         if question.regularising:
             with torch.no_grad(), without_adapter(denoiser):
-                noisy = replace(noisy, target=self.answer(denoiser, question))
+                noisy = replace(noisy, target=self.process.as_target(self.answer(denoiser, question), noisy))
+        if self.rollout is not None and question.departure is not None:
+            return self._rolled_out_losses(denoiser, question, self.rollout, question.departure)
         return self.process.loss(self.answer(denoiser, question), noisy)
+
+    def _rolled_out_losses(
+        self, denoiser: nn.Module, question: Question, rollout: RolloutSettings, departure: Departure
+    ) -> Tensor:
+        def ask(noisy: Tensor, timesteps: Tensor, rows: list[int]) -> Tensor:
+            some = question.of(rows)
+            noised = replace(some.noisy, noisy_latents=noisy, timesteps=timesteps)
+            return self.answer(denoiser, replace(some, noisy=noised))
+
+        with as_in_inference(denoiser):
+            arrival = arrive(rollout, self.process, departure, question.noisy, ask)
+        prediction = self.answer(denoiser, replace(question, noisy=arrival.drifted))
+        return arrival_losses(rollout, self.process, arrival, prediction)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
         return torch.autocast(device.type, torch.bfloat16) if self.mixed_precision else nullcontext()
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.to(device, non_blocking=True)

@@ -63,6 +63,29 @@ def test_flow_densities() -> None:
     assert (plain.density, plain.sigmoid_scale, plain.shift) == ("logit_normal", 1.0, 3.0)
 
 
+@pytest.mark.parametrize(
+    ("written", "sigmas"),
+    [
+        ("801,694, 338", (0.801, 0.694, 0.338)),
+        ([1000, 2], (1.0, 0.002)),
+        ([0.25, 1], (0.25, 1.0)),
+        ("0.5", (0.5,)),
+        (500, (0.5,)),
+    ],
+)
+def test_custom_timesteps(written, sigmas) -> None:
+    flow = train_of("sana", flow_custom_timesteps=written, flow_schedule_shift=3.0).flow
+    assert (flow.sigmas, flow.in_turn) == (sigmas, False)
+    assert train_of("sana", flow_custom_timesteps=written, flow_timesteps_mode="round-robin").flow.in_turn
+
+
+def test_a_scaled_learning_rate_is_that_of_all_pictures_of_a_step() -> None:
+    config = {"learning_rate": 1e-5, "train_batch_size": 8, "gradient_accumulation_steps": 2, "lr_scale": True}
+    assert train_of(**config).learning_rate == pytest.approx(16e-5)
+    assert train_of(**config, lr_scale_sqrt=True).learning_rate == pytest.approx(4e-5)
+    assert train_of(lr_scale=True).learning_rate == pytest.approx(4 * 4e-7)  # The default batch of the default rate.
+
+
 def test_averaging() -> None:
     assert train_of().ema is None
     config = {"use_ema": True, "ema_update_interval": 4, "ema_device": "accelerator", "ema_validation": "ema_only"}
@@ -167,6 +190,20 @@ def test_what_simpletuner_writes_for_not_chosen_is_accepted() -> None:
         ({"lr_num_cycles": 2}, "lr_num_cycles", "no effect with lr_scheduler"),
         ({"lr_scheduler": "sine", "lr_power": 2}, "lr_power", "no effect with lr_scheduler sine"),
         ({"lr_scheduler": "sine", "lr_end": 1e-3}, "lr_end", "not below learning_rate"),
+        ({"lr_scale_sqrt": True}, "lr_scale_sqrt", "needs lr_scale"),
+        ({"lr_scale": True, "optimizer": "prodigy"}, "lr_scale", "prodigy finds the rate itself"),
+        ({"flow_custom_timesteps": [500]}, "flow_custom_timesteps", "trains no flow"),
+        ({"family": "sana", "flow_timesteps_mode": "round-robin"}, "flow_timesteps_mode", "needs flow_custom"),
+        ({"family": "sana", "flow_custom_timesteps": [0.5, 500]}, "flow_custom_timesteps", "mixes both"),
+        *(
+            ({"family": "sana", "flow_custom_timesteps": wrong}, "flow_custom_timesteps", "expected numbers")
+            for wrong in ("801;694", [], [0], [1001], [0.5, True], {"a": 1}, [[1]], "", ["nan"])
+        ),
+        (
+            {"family": "sana", "flow_custom_timesteps": [500], "flow_schedule_shift": 6},
+            "flow_schedule_shift",
+            "no effect with flow_custom_timesteps",
+        ),
         ({"nonfinite_loss": "ignore"}, "nonfinite_loss", "'stop' or 'skip'"),
     ],
 )  # fmt: skip

@@ -7,6 +7,19 @@ from kubetuner.config.objective import FlowSchedule
 from kubetuner.diffusion.flow import AutoShift, FlowProcess
 
 
+def test_a_list_of_sigmas_is_drawn_from_and_not_shifted() -> None:
+    process = FlowProcess(FlowSchedule(sigmas=(0.25, 0.5, 1.0), shift=3.0))
+    sigmas = process.draw_levels((6000, 4, 8, 8), torch.Generator().manual_seed(0))
+    assert sigmas.dtype == torch.float32
+    assert [round((sigmas == sigma).double().mean().item(), 1) for sigma in (0.25, 0.5, 1.0)] == [0.3, 0.3, 0.3]
+
+
+def test_a_list_in_turn_goes_on_where_the_micro_step_before_stopped() -> None:
+    process = FlowProcess(FlowSchedule(sigmas=(0.1, 0.2, 0.3), in_turn=True))
+    drawn = [process.draw_levels((2, 4, 8, 8), torch.Generator(), turn).tolist() for turn in range(3)]
+    torch.testing.assert_close(drawn, [[0.1, 0.2], [0.3, 0.1], [0.2, 0.3]])
+
+
 def test_noise_and_target() -> None:
     x, noise = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2)
     sample = FlowProcess().add_noise(x, noise, torch.tensor([0.25, 1.0]))

@@ -120,7 +120,7 @@ def test_every_process_applies_the_mask(prediction, scoring) -> None:
     noisy = process.add_noise(latents, noise, levels)
     mask = torch.zeros(2, 1, 8, 8)
     mask[..., :4] = 1
-    masked = replace(noisy, mask=mask)
+    masked = replace(noisy, emphasis=mask)
     inside, outside = torch.zeros(2, 4, 8, 8), torch.zeros(2, 4, 8, 8)
     inside[..., :4], outside[..., 4:] = 0.5, 0.5
     assert process.loss(noisy.target + outside, masked).tolist() == [0.0, 0.0]

@@ -1,5 +1,5 @@
 from kubetuner.artifacts import EvaluationArtifact, ModelArtifact
-from kubetuner.config.objective import EmaSettings, LossSettings, SchedulerChange
+from kubetuner.config.objective import EmaSettings, LossSettings, ReflexSettings, RolloutSettings, SchedulerChange
 from kubetuner.config.sections import ModelRef, PushSection, TrainSection
 from kubetuner.families import load_family
 from kubetuner.publishing.model_card import Usage, render_card
@@ -29,9 +29,19 @@ def test_the_card_says_what_was_chosen_of_the_objective() -> None:
     assert "- Prediction type: v_prediction\n" in card
 
 
+def test_the_card_says_how_samples_were_rolled_out() -> None:
+    card = _card(rollout=RolloutSettings(max_offset=5, probability=0.5, reflex=ReflexSettings()))
+    (line,) = [line for line in card.splitlines() if line.startswith("- Scheduled sampling:")]
+    assert "max_offset 5" in line
+    assert "reflex (alpha 1.0, drift_weight 10.0, loss_weight 1.0)" in line
+    assert "- Loss: diff2flow yes\n" in _card(loss=LossSettings(diff2flow=True))
+
+
 def test_the_card_is_silent_about_what_was_not() -> None:
     card = _card()
-    assert not [name for name in ("- Loss:", "Flow schedule", "EMA", "Prediction type", "scheduler") if name in card]
+    assert not [
+        name for name in ("- Loss:", "Flow schedule", "EMA", "Prediction type", "scheduler", "sampling") if name in card
+    ]
 
 
 def test_an_adapters_snippet_draws_as_it_was_trained() -> None:

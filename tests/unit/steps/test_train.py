@@ -22,7 +22,7 @@ from kubetuner.artifacts import (
     write_rows,
 )
 from kubetuner.config.adapter_sections import LoraSettings
-from kubetuner.config.objective import EmaSettings, SchedulerChange
+from kubetuner.config.objective import EmaSettings, LossSettings, RolloutSettings, SchedulerChange
 from kubetuner.config.sections import DatasetSampling, EvaluateSection, ModelRef, Prompt, PushSection, TrainSection
 from kubetuner.errors import ArtifactError, InputError
 from kubetuner.families import load_family
@@ -48,6 +48,7 @@ KINDS = {
     "lokr": LoraSettings(algorithm="lokr", rank=10000, alpha=10000.0, factor=4, target_classes=("Attention",)),
     "loha": LoraSettings(algorithm="loha", rank=2, alpha=1.0, target_classes=("Attention",)),
 }
+SAMPLER = "scheduler/scheduler_config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -247,6 +248,20 @@ def test_averages_and_a_changed_scheduler_are_in_the_exported_pipeline(tmp_path:
     assert 0 < lag < moved
     saved = json.loads((tmp_path / "averaged/pipeline/scheduler/scheduler_config.json").read_text())
     assert saved.items() >= change.settings().items()
+
+
+def test_rollouts_and_the_flows_loss_reach_training_and_leave_the_sampler_alone(tmp_path: Path) -> None:
+    caches = _caches(tmp_path, "sdxl")
+    rollout = RolloutSettings(max_offset=3, strategy="biased_late", probability=1.0, final_probability=1.0)
+    chosen = {"plain": {}, "rollout": {"rollout": rollout}, "flow": {"loss": LossSettings(diff2flow=True)}}
+    losses = {
+        name: train(_section(tmp_path, "sdxl", max_train_steps=1, **settings), *caches, tmp_path / name).last_loss
+        for name, settings in chosen.items()
+    }
+    assert len(set(losses.values())) == 3
+    assert losses["flow"] > losses["plain"]  # Every timestep counts more than once.
+    samplers = {(tmp_path / name / SAMPLER).read_text() for name in ("rollout/pipeline", "flow/pipeline", "base")}
+    assert len(samplers) == 1
 
 
 def test_settings_and_inputs_decide_the_fingerprint(tmp_path: Path) -> None:

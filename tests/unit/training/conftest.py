@@ -79,8 +79,17 @@ class Setup:
         null = {name: torch.zeros(shape) for name, shape in TEXT[family].items()}
         process = made.noise_process(ref, section.process())
         bf16 = section.mixed_precision == "bf16"
-        masked = section.masked_loss_probability
-        objective = Objective(made, process, null, section.seed, bf16, section.noise, masked=masked)
+        objective = Objective(
+            made,
+            process,
+            null,
+            section.seed,
+            bf16,
+            noise=section.noise,
+            masked=section.masked_loss_probability,
+            rollout=section.rollout,
+            micro_steps=section.gradient_accumulation_steps,
+        )
         return Job(section, denoiser, objective, batches, lambda taken: taken / 10, section.max_train_steps, device)
 
 

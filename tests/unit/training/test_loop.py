@@ -9,7 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kubetuner.config.objective import EmaSettings, FlowSchedule, LossSettings, NoiseSettings, TimestepBias
+from kubetuner.config.objective import (
+    EmaSettings,
+    FlowSchedule,
+    LossSettings,
+    NoiseSettings,
+    ReflexSettings,
+    RolloutSettings,
+    TimestepBias,
+)
 from kubetuner.errors import TrainingError
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.interruption import TerminatedError
@@ -45,12 +53,16 @@ def test_a_resumed_run_has_the_same_losses_and_weights_bit_for_bit(
 LOSS = LossSettings(type="huber", snr_gamma=5.0)
 NOISE = NoiseSettings(offset=0.1, offset_probability=0.5, perturbation=0.1, perturbation_steps=5)
 BIAS = TimestepBias(strategy="later", multiplier=3.0)
+RAMP = RolloutSettings(max_offset=3, probability=0.4, final_probability=1.0, ramp_steps=4, ramp_start=1)
 
 
 @pytest.mark.parametrize(
     ("family", "switches"),
     [
         ("pixart_sigma", {"loss": LOSS, "noise": NOISE, "timestep_bias": BIAS}),
+        ("pixart_sigma", {"rollout": RAMP}),
+        ("sdxl", {"rollout": RAMP.model_copy(update={"sampler": "dpm"}), "loss": LossSettings(diff2flow=True)}),
+        ("sana", {"rollout": RAMP.model_copy(update={"reflex": ReflexSettings(), "ramp_shape": "cosine"})}),
         ("sana", {"flow": FlowSchedule(density="beta", auto_shift=True), "lr_scheduler": "sine"}),
         ("sana", {"ema": EmaSettings(decay=0.5, update_interval=2), "lr_scheduler": "cosine_with_restarts"}),
         ("sana", {"ema": EmaSettings(warmup_steps=3, device="accelerator"), "nonfinite_loss": "skip"}),
@@ -177,6 +189,31 @@ def test_the_first_and_each_interval_step_are_logged(setup: Setup, tmp_path: Pat
     job = setup.job("sana", RandomBatches("sana"), log_step_interval=3)
 
     assert list(_train(job, tmp_path)) == [1, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("settings", "taken"),
+    [
+        # The job's epochs are micro-steps / 10: steps of 2 of them end at 0.2, 0.4, ..., 2.0.
+        ({"checkpoint_epoch_interval": 1}, [5, 10]),
+        ({"checkpoint_epoch_interval": 2}, [10]),
+        ({"checkpoint_epoch_interval": 1, "checkpoint_step_interval": 4}, [4, 5, 8, 10]),
+        # Steps of 3 micro-steps pass the first epoch's end with the fourth, the second's with the seventh.
+        ({"checkpoint_epoch_interval": 1, "gradient_accumulation_steps": 3}, [4, 7, 10]),
+    ],
+)
+def test_checkpoints_by_epochs(setup: Setup, tmp_path: Path, settings: dict[str, object], taken: list[int]) -> None:
+    defaults = {"gradient_accumulation_steps": 2, "max_train_steps": 10}
+    _train(setup.job("sana", RandomBatches("sana"), **{**defaults, **settings}), tmp_path)
+
+    assert sorted(int(path.name.split("-")[1]) for path in (tmp_path / "key").iterdir()) == taken
+
+
+def test_levels_in_turn_follow_the_micro_steps(setup: Setup) -> None:
+    flow = FlowSchedule(sigmas=(0.1, 0.2, 0.3, 0.4, 0.5), in_turn=True)
+    job = setup.job("sana", RandomBatches("sana"), flow=flow, gradient_accumulation_steps=2)
+    timesteps = [job.question(step, micro).noisy.timesteps.tolist() for step in (0, 1) for micro in (0, 1)]
+    assert [round(value) for pair in timesteps for value in pair] == [100, 200, 300, 400, 500, 100, 200, 300]
 
 
 def test_sigterm_is_given_back(setup: Setup, tmp_path: Path) -> None:
