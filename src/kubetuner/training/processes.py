@@ -104,7 +104,7 @@ def joined(section: TrainSection) -> Iterator[Processes]:
     with warnings.catch_warnings():
         for message in _HARMLESS:
             warnings.filterwarnings("ignore", message)
-        yield _Together(section, state)
+        yield Together(section, state.process_index, state.num_processes)
     state.destroy_process_group()
 
 
@@ -113,11 +113,17 @@ def is_one_of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-class _Together(Processes):
-    """Several processes: each with all weights (DDP), or each with a part of them (FSDP2)."""
+class Together(Processes):
+    """Several processes: each with all weights (DDP), or each with a part of them (FSDP2).
 
-    def __init__(self, section: TrainSection, state: Any) -> None:
-        self.rank, self.count = state.process_index, state.num_processes
+    Args:
+        section: The settings.
+        rank: See :class:`Processes`.
+        count: See :class:`Processes`.
+    """
+
+    def __init__(self, section: TrainSection, rank: int, count: int) -> None:
+        self.rank, self.count = rank, count
         self._fsdp = section.fsdp
         self.sharded = section.fsdp is not None
         self._accumulation = section.gradient_accumulation_steps
