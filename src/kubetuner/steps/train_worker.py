@@ -4,18 +4,16 @@ import logging
 import os
 import sys
 import threading
-import time
 import traceback
 from pathlib import Path
 
 from kubetuner.errors import InputError, KubetunerError
 from kubetuner.steps.train import WorkerRequest, train
+from kubetuner.training.failures import report
 
 
 def main(folder: Path) -> int:
     """Train as the process that the environment names; returns the exit code, and leaves word of what went wrong."""
-    from kubetuner.training.launch import Failure, report
-
     rank = int(os.environ["RANK"])
     level = logging.INFO if rank == 0 else logging.WARNING
     form = "%(message)s" if rank == 0 else f"[process {rank}] %(message)s"
@@ -25,11 +23,11 @@ def main(folder: Path) -> int:
     try:
         train(request.section, request.latents, request.text_embeds, request.out)
     except KubetunerError as error:
-        report(folder, rank, Failure(type(error).__name__, str(error), time.time()))
+        report(folder, rank, error)
         return 2 if isinstance(error, InputError) else 1
     except Exception as error:  # noqa: BLE001 - the launcher raises it
         message = f"process {rank} failed: {type(error).__name__}: {error}\n{traceback.format_exc()}"
-        report(folder, rank, Failure(type(error).__name__, message, time.time()))
+        report(folder, rank, error, message)
         return 1
     return 0
 

@@ -4,7 +4,6 @@ What ``torchrun --standalone`` would do, but that a process that is told to stop
 a checkpoint (``torchrun`` kills after 30 s), and that a person sees the first error and no other.
 """
 
-import json
 import logging
 import os
 import signal
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,8 +18,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import kubetuner
 from kubetuner.config.sections import TrainSection
-from kubetuner.errors import ArtifactError, DatasetError, InputError, KubetunerError, TrainingError
-from kubetuner.training.interruption import StopRequest, TerminatedError
+from kubetuner.errors import InputError
+from kubetuner.training.failures import first_error
+from kubetuner.training.interruption import StopRequest
 from kubetuner.training.threads import available_cpus
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,6 @@ logger = logging.getLogger(__name__)
 # For the others to find out by themselves that one is gone, and to say so to MLflow.
 GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.1
-_KINDS: tuple[type[KubetunerError], ...] = (TerminatedError, TrainingError, ArtifactError, DatasetError, InputError)
 
 
 def wanted_processes(section: TrainSection) -> int:
@@ -51,26 +49,12 @@ def wanted_processes(section: TrainSection) -> int:
     return asked or gpus or 1
 
 
-@dataclass(frozen=True)
-class Failure:
-    """What ended a process.
-
-    Attributes:
-        kind: Class of the error.
-        message: For a person; of errors that are not ours, with the traceback.
-        at: Seconds since the epoch.
-    """
-
-    kind: str
-    message: str
-    at: float
-
-
 def launch(module: str, argument: str, count: int) -> None:
     """Run ``python -m module`` in ``count`` processes until all have ended well; SIGTERM is passed on to them.
 
     Args:
-        module: Finds ``argument`` in the file that is its first argument, and calls :func:`report` on failure.
+        module: Finds ``argument`` in the file that is its first argument, and calls
+            :func:`~kubetuner.training.failures.report` on failure.
         argument: Any text.
         count: Processes.
 
@@ -89,16 +73,10 @@ def launch(module: str, argument: str, count: int) -> None:
         finally:
             for worker in workers:
                 worker.kill()
-                worker.wait()
+                worker.communicate()
         if fallen:
-            raise _first_error(folder, fallen, workers, stopped=stop.received)
-
-
-def report(folder: Path, rank: int, failure: Failure) -> None:
-    """Leave word for the process that called :func:`launch`."""
-    temporary = folder / f".{rank}.tmp"
-    temporary.write_text(json.dumps(asdict(failure)), encoding="utf-8")
-    temporary.rename(folder / f"{rank}.json")
+            codes = {rank: workers[rank].returncode for rank in fallen}
+            raise first_error(folder, codes, count, stopped=stop.received)
 
 
 def _start(module: str, folder: Path, rank: int, count: int, port: int) -> subprocess.Popen[bytes]:
@@ -134,26 +112,3 @@ def _watch(workers: list[subprocess.Popen[bytes]], stop: StopRequest) -> list[in
             deadline = time.monotonic() + GRACE_SECONDS
         time.sleep(_POLL_SECONDS)
     return fallen + [rank for rank, worker in enumerate(workers) if worker.poll() and rank not in fallen]
-
-
-def _first_error(
-    folder: Path, fallen: list[int], workers: list[subprocess.Popen[bytes]], *, stopped: bool
-) -> KubetunerError:
-    """What a person needs to know: who was killed, or else the earliest of the workers' own errors."""
-    for rank in fallen:
-        code = workers[rank].returncode
-        if code < 0 and not stopped:
-            name = signal.Signals(-code).name
-            hint = "; the pod may be short of memory" if -code == signal.SIGKILL else ""
-            return TrainingError(f"process {rank} of {len(workers)} was ended by {name}{hint}; run again to resume")
-    files = [folder / f"{rank}.json" for rank in fallen]
-    failures = [Failure(**json.loads(file.read_text(encoding="utf-8"))) for file in files if file.exists()]
-    if not failures and stopped:
-        return TerminatedError("stopped by SIGTERM; run again to resume")
-    if not failures:
-        codes = ", ".join(f"{rank}: {workers[rank].returncode}" for rank in fallen)
-        return TrainingError(f"processes ended without saying why (exit codes {codes}); what they printed is above")
-    # Of two that fail together, the one that knows why is ours: the other lost its connection.
-    ours = {kind.__name__: kind for kind in _KINDS}
-    first = min(failures, key=lambda failure: (failure.kind not in ours, failure.at))
-    return ours.get(first.kind, TrainingError)(first.message)

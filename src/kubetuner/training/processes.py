@@ -104,8 +104,13 @@ def joined(section: TrainSection) -> Iterator[Processes]:
     with warnings.catch_warnings():
         for message in _HARMLESS:
             warnings.filterwarnings("ignore", message)
-        yield Together(section, state.process_index, state.num_processes)
+        yield of_group(section)
     state.destroy_process_group()
+
+
+def of_group(section: TrainSection) -> Processes:
+    """The processes of the group that this one has joined, for training by ``section``."""
+    return _Together(section)
 
 
 def is_one_of_several() -> bool:
@@ -113,17 +118,11 @@ def is_one_of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-class Together(Processes):
-    """Several processes: each with all weights (DDP), or each with a part of them (FSDP2).
+class _Together(Processes):
+    """Several processes: each with all weights (DDP), or each with a part of them (FSDP2)."""
 
-    Args:
-        section: The settings.
-        rank: See :class:`Processes`.
-        count: See :class:`Processes`.
-    """
-
-    def __init__(self, section: TrainSection, rank: int, count: int) -> None:
-        self.rank, self.count = rank, count
+    def __init__(self, section: TrainSection) -> None:
+        self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
         self._fsdp = section.fsdp
         self.sharded = section.fsdp is not None
         self._accumulation = section.gradient_accumulation_steps
@@ -139,7 +138,7 @@ class Together(Processes):
             return denoiser
         return _Replica(
             denoiser,
-            broadcast_buffers=False,
+            forward_sync_buffers=False,
             init_sync=False,  # Only what is trained can differ, and frozen weights may be quantised.
             find_unused_parameters=self._some_unused,
             gradient_as_bucket_view=True,

@@ -18,7 +18,7 @@ from kubetuner.config.objective import EmaSettings
 from kubetuner.errors import TrainingError
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.loop import train_denoiser
-from kubetuner.training.processes import ALONE, Processes, Together, joined
+from kubetuner.training.processes import ALONE, Processes, joined, of_group
 from kubetuner.training.saving import gathered
 from tests.unit.training.conftest import RandomBatches, Setup
 
@@ -29,7 +29,14 @@ FULL = {"model_type": "full", "lora": None}
 
 @dataclass(frozen=True)
 class Case:
-    """A run of three steps; ``accumulation`` is for each of two processes."""
+    """A run of three steps.
+
+    Attributes:
+        accumulation: ``gradient_accumulation_steps`` of each of two processes; one alone has twice as many.
+        broken_step: Its latents are not finite.
+        interrupted: One process alone took so many steps, and two go on from its checkpoint.
+        rounding: How far apart numbers may be, relatively.
+    """
 
     family: str
     fsdp: FsdpSettings | None = DDP
@@ -38,14 +45,14 @@ class Case:
     broken_step: int = -1
     regularising: bool = False
     interrupted: int = 3
+    rounding: float = 1e-4
 
 
 CASES = {
     "pixart-full-ddp": Case("pixart_sigma", settings=FULL),
-    "pixart-full-fsdp": Case("pixart_sigma", FSDP, FULL),
     "sdxl-full-fsdp": Case("sdxl", FSDP, FULL),
     "sdxl-lora-ddp": Case("sdxl", accumulation=2),
-    "sdxl-lora-fsdp-bf16": Case("sdxl", FSDP, {"mixed_precision": "bf16"}),
+    "sdxl-lora-fsdp-bf16": Case("sdxl", FSDP, {"mixed_precision": "bf16"}, rounding=1e-2),
     "sana-full-ddp": Case("sana", settings=FULL | {"ema": EmaSettings(decay=0.9)}),
     "sana-full-fsdp": Case("sana", FSDP, FULL | {"ema": EmaSettings(decay=0.9)}, accumulation=2),
     "sana-whole-fsdp": Case("sana", FsdpSettings(wrap_blocks=False), FULL | {"ema": EmaSettings(device="accelerator")}),
@@ -54,11 +61,9 @@ CASES = {
     "sana-loha-ddp": Case("sana", settings={"lora": LOHA}, accumulation=2),
     "sana-regularised-ddp": Case("sana", regularising=True),
     "sana-regularised-fsdp": Case("sana", FSDP, regularising=True),
-    "sana-by-value-ddp": Case("sana", settings={"grad_clip_method": "value", "max_grad_norm": 1e-4}),
     "sana-by-value-fsdp": Case("sana", FSDP, {"grad_clip_method": "value", "max_grad_norm": 1e-4}),
     "sana-lion-fsdp": Case("sana", FSDP, FULL | {"optimizer": "optimi-lion", "learning_rate": 1e-4}),
     "sana-optimi-fsdp": Case("sana", FSDP, FULL | {"optimizer": "optimi-adamw"}),
-    "sana-prodigy-ddp": Case("sana", settings={"optimizer": "prodigy", "learning_rate": 1.0}),
     "sana-skipped-ddp": Case("sana", settings={"nonfinite_loss": "skip"}, broken_step=1),
     "sana-stopped-ddp": Case("sana", broken_step=1),
     "sana-stopped-fsdp": Case("sana", FSDP, broken_step=1),
@@ -113,11 +118,11 @@ def main(folder: Path) -> None:
     bases, out = (Path(line) for line in (folder / "argument").read_text().splitlines())
     setup = Setup(bases)
     section = setup.job("sana", RandomBatches("sana")).section
-    with joined(section) as group:
+    with joined(section):
         for name, case in CASES.items():
             settings = {"fsdp": case.fsdp, "gradient_accumulation_steps": case.accumulation}
             settings["lora"] = case.settings.get("lora", LoraSettings())
-            processes = Together(section.model_copy(update=settings), group.rank, group.count)
+            processes = of_group(section.model_copy(update=settings))
             try:
                 train_case(name, setup, out, processes)
             except Exception:  # noqa: BLE001 - the test of the case shows it
