@@ -1,5 +1,6 @@
 """The ``train`` step: from cached latents and text embeddings to a trained model."""
 
+import logging
 import math
 import os
 import statistics
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from kubetuner.training.checkpoints import LossPoint
     from kubetuner.training.loop import Job, Outcome
     from kubetuner.training.processes import Processes
+
+logger = logging.getLogger(__name__)
 
 _TRACKED_PARAMS = (
     "model_type", "layer_freeze_strategy", "max_train_steps", "num_train_epochs", "train_batch_size",
@@ -98,8 +101,7 @@ def _train(
     parents += [read_artifact(folder, TextEmbedsArtifact).fingerprint for folder in text_embeds]
     out.mkdir(parents=True, exist_ok=True)
     key = fingerprint("train", section.deciding_with(processes.count), *parents)
-    root = Path(os.environ.get("KUBETUNER_CHECKPOINTS") or out / "checkpoints")
-    checkpoints = Checkpoints(root, key, section.checkpoints_total_limit)
+    checkpoints = Checkpoints(*_checkpoints(section, parents, out, processes), section.checkpoints_total_limit)
     with track("train", _params(section, processes.count)) as run:
         job = _job(section, latents, text_embeds, processes)
         outcome = train_denoiser(job, checkpoints, run.log_metrics)
@@ -112,6 +114,26 @@ def _train(
     if told is None:
         raise TrainingError("the first process has told of no model")
     return told
+
+
+def _checkpoints(section: TrainSection, parents: Sequence[str], out: Path, processes: "Processes") -> tuple[Path, str]:
+    """The root of all runs' checkpoints and this run's key, which ends with the batches per optimizer step.
+
+    Any number of processes goes on from them that makes that many batches. Another number of batches is another run,
+    which is said where it leaves checkpoints behind.
+    """
+    root = Path(os.environ.get("KUBETUNER_CHECKPOINTS") or out / "checkpoints")
+    micro_steps = section.gradient_accumulation_steps * processes.count
+    run = fingerprint("train", section.deciding_with(0), *parents)  # The same for any number of batches.
+    others = sorted(path.parent.name.removeprefix(f"{run}-") for path in root.glob(f"{run}-*/checkpoint-*"))
+    if processes.first and others and str(micro_steps) not in others:
+        logger.warning(
+            "%s holds checkpoints of this run with %s batches per optimizer step; this one makes %d "
+            "(gradient_accumulation_steps %d x %d processes) and starts anew. To go on from them, stop it and change one.",
+            root, " and ".join(dict.fromkeys(others)), micro_steps, section.gradient_accumulation_steps,
+            processes.count,
+        )  # fmt: skip
+    return root, f"{run}-{micro_steps}"
 
 
 def _write(job: "Job", outcome: "Outcome", out: Path, run: "Run", key: str, parents: Sequence[str]) -> ModelArtifact:
@@ -129,6 +151,7 @@ def _write(job: "Job", outcome: "Outcome", out: Path, run: "Run", key: str, pare
         base_model=section.model.path,
         base_revision=section.model.revision,
         steps=outcome.steps,
+        num_processes=job.processes.count,
         first_loss=first,
         last_loss=last,
         mlflow_model_uri=uri,

@@ -75,9 +75,11 @@ def test_what_is_wrong_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture
 
 def _stop_at_a_checkpoint(out: Path) -> None:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(out.glob("checkpoints/*/checkpoint-*")):
+    while time.monotonic() < deadline:
+        if list(out.glob("checkpoints/*/checkpoint-*")):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         time.sleep(0.05)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _losses(out: Path) -> list[float]:
