@@ -129,7 +129,7 @@ def _checkpoints(section: TrainSection, parents: Sequence[str], out: Path, proce
     if processes.first and others and str(micro_steps) not in others:
         logger.warning(
             "%s holds checkpoints of this run with %s batches per optimizer step; this one makes %d "
-            "(gradient_accumulation_steps %d x %d processes) and starts anew. To go on from them, stop it and change one.",
+            "(gradient_accumulation_steps %d x %d processes) and starts anew; to go on from them, change one of them.",
             root, " and ".join(dict.fromkeys(others)), micro_steps, section.gradient_accumulation_steps,
             processes.count,
         )  # fmt: skip
