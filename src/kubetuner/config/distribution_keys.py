@@ -77,3 +77,15 @@ def check_fsdp(train: TrainSection, where: str, problems: list[Problem]) -> None
     if train.base_model_precision != "no_change":
         message = f"is {train.base_model_precision!r}; rounded weights cannot be shared out: remove it or fsdp_enable."
         problems.append(Problem(f"{where}.base_model_precision", message))
+    if train.lora is not None and train.lora.module_dropout > 0:
+        message = (
+            f"has module_dropout {train.lora.module_dropout:g}: processes would leave out different layers, and with "
+            "fsdp_enable all must have gradients for the same ones; set it to 0, or remove fsdp_enable."
+        )
+        problems.append(Problem(f"{where}.lycoris_config", message))
+    if any(dataset.is_regularisation_data for dataset in train.datasets):
+        message = (
+            "cannot be combined with is_regularisation_data: only some batches ask the base model, and all processes "
+            "must gather its weights together; remove one of them."
+        )
+        problems.append(Problem(f"{where}.fsdp_enable", message))

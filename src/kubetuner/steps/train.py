@@ -97,6 +97,8 @@ def _train(
     from kubetuner.training.threads import limit_threads
 
     limit_threads()
+    if section.fsdp is not None and processes.count == 1:
+        logger.warning("fsdp_enable has no effect: there is one process, so nothing is shared out")
     parents = [read_artifact(folder, LatentsArtifact).fingerprint for folder in latents]
     parents += [read_artifact(folder, TextEmbedsArtifact).fingerprint for folder in text_embeds]
     out.mkdir(parents=True, exist_ok=True)

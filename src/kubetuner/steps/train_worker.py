@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -18,6 +19,7 @@ def main(folder: Path) -> int:
     level = logging.INFO if rank == 0 else logging.WARNING
     form = "%(message)s" if rank == 0 else f"[process {rank}] %(message)s"
     logging.basicConfig(level=level, format=form, stream=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher too, which ends its workers.
     threading.Thread(target=_end_with_the_launcher, daemon=True).start()
     request = WorkerRequest.model_validate_json((folder / "argument").read_bytes())
     try:

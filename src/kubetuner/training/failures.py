@@ -29,7 +29,9 @@ def report(folder: Path, rank: int, error: Exception, message: str = "") -> None
 
 
 def first_error(folder: Path, codes: Mapping[int, int], count: int, *, stopped: bool) -> KubetunerError:
-    """Who was killed, or else the earliest word that a process has left.
+    """The cause: an error of ours, or who was killed, or the earliest other word that a process has left.
+
+    What is left by those that only lost their connection comes last; NCCL and gloo may abort them for it.
 
     Args:
         folder: Where :func:`report` wrote.
@@ -37,19 +39,22 @@ def first_error(folder: Path, codes: Mapping[int, int], count: int, *, stopped: 
         count: How many processes there were.
         stopped: All were told to stop.
     """
-    for rank, code in codes.items():
-        if code < 0 and not stopped:
-            hint = "; the pod may be short of memory" if -code == signal.SIGKILL else ""
-            name = signal.Signals(-code).name
-            return TrainingError(f"process {rank} of {count} was ended by {name}{hint}; run again to resume")
-    files = [folder / f"{rank}.json" for rank in codes]
-    said = [_Failure.model_validate_json(file.read_bytes()) for file in files if file.exists()]
-    if not said and stopped:
-        return TerminatedError("stopped by SIGTERM; run again to resume")
-    if not said:
-        listed = ", ".join(f"process {rank}: {code}" for rank, code in codes.items())
-        return TrainingError(f"training ended without saying why (exit codes: {listed}); what it printed is above")
-    # Of two that fail together, the one with an error of ours knows why: the other has lost its connection.
     ours = {kind.__name__: kind for kind in _KINDS}
-    first = min(said, key=lambda failure: (failure.kind not in ours, failure.at))
-    return ours.get(first.kind, TrainingError)(first.message)
+    files = [folder / f"{rank}.json" for rank in codes]
+    said = sorted(
+        (_Failure.model_validate_json(file.read_bytes()) for file in files if file.exists()),
+        key=lambda failure: (failure.kind not in ours, failure.at),
+    )
+    if said and said[0].kind in ours:
+        return ours[said[0].kind](said[0].message)
+    if stopped:
+        return TerminatedError("stopped by SIGTERM; run again to resume")
+    killed = {rank: signal.Signals(-code) for rank, code in codes.items() if code < 0}
+    for rank, number in killed.items():
+        if number != signal.SIGABRT or not said:
+            hint = "; the pod may be short of memory" if number == signal.SIGKILL else ""
+            return TrainingError(f"process {rank} of {count} was ended by {number.name}{hint}; run again to resume")
+    if said:
+        return TrainingError(said[0].message)
+    listed = ", ".join(f"process {rank}: {code}" for rank, code in codes.items())
+    return TrainingError(f"training ended without saying why (exit codes: {listed}); what it printed is above")

@@ -24,7 +24,7 @@ class Feed:
     ) -> None:
         self._prepare, self._device = prepare, device
         self._positions: Iterator[tuple[int, int]] = ((step, micro) for step in steps for micro in micro_steps)
-        self._worker = ThreadPoolExecutor(1, "kubetuner-feed") if device.type == "cuda" else None
+        self._worker = _thread() if device.type == "cuda" else None
         self._waiting: deque[Future[Question]] = deque()
 
     def next(self) -> Question:
@@ -50,3 +50,10 @@ class Feed:
 
     def _prepare_pinned(self, step: int, micro: int) -> Question:
         return self._prepare(step, micro).pinned()
+
+
+def _thread() -> ThreadPoolExecutor:
+    """One thread on this process's GPU: a new thread would pin its memory on the first one."""
+    return ThreadPoolExecutor(
+        1, "kubetuner-feed", initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),)
+    )

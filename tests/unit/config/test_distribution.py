@@ -5,7 +5,9 @@ from kubetuner.config.load import load
 from kubetuner.errors import ConfigError
 
 DATA = [{"id": "a", "instance_data_dir": "pictures"}]
+KEPT = {"id": "b", "instance_data_dir": "others", "is_regularisation_data": True}
 FSDP = {"fsdp_enable": True}
+LOHA = {"lora_type": "lycoris", "lycoris_config": {"algo": "loha", "linear_dim": 4, "module_dropout": 0.5}}
 QUANTISED = {"model_type": "lora", "base_model_precision": "int8-torchao"}
 
 
@@ -70,6 +72,7 @@ def test_what_decides_is_the_batches_per_step_and_not_who_makes_them() -> None:
         (FSDP | {"fsdp_cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading", "not available yet"),
         (FSDP | {"optimizer": "prodigy"}, "optimizer", "torch-adamw, optimi-adamw, optimi-lion"),
         (FSDP | QUANTISED, "base_model_precision", "cannot be shared out"),
+        (FSDP | {"model_type": "lora"} | LOHA, "lycoris_config", "has module_dropout 0.5"),
         ({"context_parallel_size": 2}, "context_parallel_size", "not available yet"),
     ],
 )
@@ -79,3 +82,8 @@ def test_refused(config, key, message) -> None:
     problems = {problem.where.removeprefix("config.json."): problem.message for problem in caught.value.problems}
     assert list(problems) == [key]
     assert message in problems[key]
+
+
+def test_what_processes_would_do_at_different_times_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"fsdp_enable: cannot be combined with is_regularisation_data"):
+        load({"model_type": "lora", "model_family": "sdxl", **FSDP}, [*DATA, KEPT])

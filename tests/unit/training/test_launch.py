@@ -39,6 +39,8 @@ def test_each_process_knows_its_place(tmp_path: Path) -> None:
     [
         (("hangs", "is killed"), r"process 1 of 2 was ended by SIGKILL; the pod may be short of memory.*to resume"),
         (("loses its connection", "is killed"), r"process 1 of 2 was ended by SIGKILL"),
+        (("is aborted", "loses its connection"), r"^Connection closed by peer$"),
+        (("is aborted", "hangs"), r"process 0 of 2 was ended by SIGABRT; run again"),
         (("loses its connection", "finds a sample"), r"^the loss of step 3 is not finite for a/b\.png$"),
         (("hangs", "says nothing"), r"ended without saying why \(exit codes: process 1: 3\)"),
     ],

@@ -31,6 +31,8 @@ def main(folder: Path) -> int:
     elif orders == "tells its environment":
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS")
         (out / f"{rank}.json").write_text(json.dumps({name: os.environ[name] for name in names}))
+    elif orders == "is aborted":
+        os.kill(os.getpid(), signal.SIGABRT)
     elif orders == "is killed":
         os.kill(os.getpid(), signal.SIGKILL)
     elif orders == "loses its connection":
