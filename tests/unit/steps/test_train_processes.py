@@ -14,9 +14,10 @@ from kubetuner.artifacts import ModelArtifact, read_artifact, read_rows, verify_
 from kubetuner.config.distribution import FsdpSettings
 from kubetuner.config.objective import EmaSettings
 from kubetuner.errors import ArtifactError
-from kubetuner.steps.train import train
+from kubetuner.steps.train import _checkpoints, train
 from kubetuner.training.checkpoints import LossPoint
 from kubetuner.training.interruption import TerminatedError
+from kubetuner.training.processes import ALONE as ALONE_HERE
 from tests.unit.steps.test_train import _caches, _local, _section  # noqa: F401 - the fixture is used by being here
 
 TWO = {"num_train_processes": 2, "gradient_accumulation_steps": 1}
@@ -71,6 +72,20 @@ def test_what_is_wrong_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture
         train(_section(tmp_path, "sana", **TWO), latents, texts, tmp_path / "out")
 
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_checkpoints_of_another_number_of_batches_are_named_and_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    section = _section(tmp_path, "sana", gradient_accumulation_steps=4)
+    root, key = _checkpoints(section, ["data"], tmp_path, ALONE_HERE)
+    (root / key / "checkpoint-7").mkdir(parents=True)
+    fewer = section.model_copy(update={"gradient_accumulation_steps": 3})
+
+    assert _checkpoints(section, ["data"], tmp_path, ALONE_HERE) == (root, key)
+    assert not caplog.records
+    assert _checkpoints(fewer, ["data"], tmp_path, ALONE_HERE)[1] != key
+    assert "holds checkpoints of this run with 4 batches per optimizer step; this one makes 3" in caplog.text
 
 
 def _stop_at_a_checkpoint(out: Path) -> None:
