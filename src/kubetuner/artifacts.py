@@ -214,6 +214,7 @@ class ModelArtifact(Artifact):
         base_model: Hub id or folder of the base.
         base_revision: Commit or content hash of the base.
         steps: Optimizer steps taken.
+        num_processes: Processes that trained it together.
         first_loss: Mean training loss over the first tenth of the logged steps.
         last_loss: Mean training loss over the last tenth of the logged steps.
         mlflow_model_uri: ``models:/<id>`` when the model was tracked, else empty.
@@ -226,6 +227,7 @@ class ModelArtifact(Artifact):
     base_model: str
     base_revision: str
     steps: int
+    num_processes: int = 1
     first_loss: float
     last_loss: float
     mlflow_model_uri: str = ""

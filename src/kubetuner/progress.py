@@ -16,17 +16,18 @@ class Progress:
     """Counts finished units of work and shows rate and time left.
 
     In a terminal this is a tqdm bar. Elsewhere (a pod, a CI log) it writes one log line every
-    :data:`LOG_INTERVAL_SECONDS` seconds and one when the work ends.
+    :data:`LOG_INTERVAL_SECONDS` seconds and one when the work ends. ``quiet`` shows nothing.
     """
 
-    def __init__(self, label: str, total: int, unit: str, initial: int = 0) -> None:
+    def __init__(self, label: str, total: int, unit: str, initial: int = 0, *, quiet: bool = False) -> None:
+        self._quiet = quiet
         self._label, self._total, self._unit = label, total, unit
         self._done, self._initial = initial, initial
         self._started = self._last_line = time.monotonic()
         self._note = ""
         self._bar = (
             tqdm(total=total, initial=initial, desc=label, unit=f" {unit}", dynamic_ncols=True)
-            if sys.stderr.isatty()
+            if sys.stderr.isatty() and not quiet
             else None
         )
 
@@ -48,6 +49,8 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
+        if self._quiet:
+            return
         self._last_line = time.monotonic()
         elapsed = self._last_line - self._started
         rate = (self._done - self._initial) / elapsed if elapsed > 0 else 0.0

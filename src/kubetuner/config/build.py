@@ -9,6 +9,7 @@ from kubetuner.config.adapters import LORA_KEYS, read_adapter
 from kubetuner.config.attention import HALF_ONLY, WITHOUT_MASKS
 from kubetuner.config.build_objective import ObjectiveReader
 from kubetuner.config.data import Data
+from kubetuner.config.distribution_keys import check_fsdp, read_fsdp
 from kubetuner.config.keys import Values
 from kubetuner.config.learning_rate import read_rate
 from kubetuner.config.models import OUTLINES, FamilyOutline
@@ -43,6 +44,7 @@ _TRAIN_KEYS = (
     "checkpoints_total_limit",
     "resume_from_checkpoint", "log_step_interval", "data_backend_sampling", "layer_freeze_strategy",
     "gradient_checkpointing_interval", "attention_mechanism", "base_model_precision", "masked_loss_probability",
+    "num_train_processes",
 )  # fmt: skip
 
 
@@ -207,6 +209,7 @@ def _train(base: Base, data: Data, where: str, cwd: Path, problems: list[Problem
             "max_train_steps": steps,
             "num_train_epochs": epochs,
             "flow": base.flow,
+            "fsdp": read_fsdp(values, where, problems),
             **values.pick(*_TRAIN_KEYS),
             **_optimizer(base, where, problems),
             **base.objective.train_fields(),
@@ -214,6 +217,7 @@ def _train(base: Base, data: Data, where: str, cwd: Path, problems: list[Problem
     )
     _check_schedule(train, values, where, problems)
     _check_machinery(train, where, problems)
+    check_fsdp(train, where, problems)
     _check_stages(train, data, problems)
     if train.masked_loss_probability < 1 and not data.masks:
         message = "has no effect without masks: give a dataset conditioning_data, or remove it."

@@ -86,12 +86,8 @@ LATER: dict[str, Rule] = {
     "delete_problematic_images": Later("deleting pictures is", (False,)),
     "override_dataset_config": Later("overriding a stored dataset configuration (none is stored) is", (False, True)),
     "disable_benchmark": Later("drawing the base model's pictures is", (True,)),
-    "num_train_processes": Later("training on several GPUs is", (1,)),
-    "num_processes": Later("training on several GPUs is", (1,)),
-    "num_machines": Later("training on several machines is", (1,)),
     "i_know_what_i_am_doing": Later("switching off checks is", (False,)),
     "set_grads_to_none": Later("keeping gradient buffers is", (True, False)),
-    "seed_for_each_device": Later("training on several GPUs is", (True, False)),
     "disable_tf32": Later("full-precision matrix products are", (False,)),
 }
 
@@ -102,7 +98,6 @@ FOREIGN: dict[str, Rule] = {
     "accelerate_config": Foreign(_CLUSTER),
     "accelerate_extra_args": Foreign(_CLUSTER),
     "deepspeed_config": Foreign(_CLUSTER),
-    "fsdp_enable": Foreign(_CLUSTER),
     "main_process_port": Foreign(_CLUSTER),
     "trainer_extra_args": Foreign("Extra arguments are keys of their own in config.json."),
     "custom_tracker": Foreign(_TRACKER),

@@ -15,6 +15,7 @@ Defaults are the sections' own. Where they differ from SimpleTuner's:
 
 from kubetuner.config import attention, precision
 from kubetuner.config.adapters import LOFTQ
+from kubetuner.config.distribution_keys import DISTRIBUTION_RULES
 from kubetuner.config.keys import Alias, Key, Rule, Schema, Unneeded, one_of
 from kubetuner.config.later_keys import FOREIGN, LATER, LATER_OPTIMIZERS
 from kubetuner.config.objective_keys import OBJECTIVE_RULES
@@ -183,6 +184,7 @@ ALIASES: dict[str, Alias] = {
             "optimizer_beta1": "adam_beta1",
             "optimizer_beta2": "adam_beta2",
             "user_prompt_library_path": "user_prompt_library",
+            "num_processes": "num_train_processes",
             "lora_target_modules": "peft_lora_target_modules",
         }.items()
     },
@@ -194,6 +196,7 @@ RUN_SCHEMA = Schema(
         **FOREIGN,
         **MODEL_RULES,
         **TRAIN_RULES,
+        **DISTRIBUTION_RULES,
         **OBJECTIVE_RULES,
         **EVALUATE_RULES,
         **PUBLISH_RULES,

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from kubetuner.config.adapter_sections import LoraSettings
 from kubetuner.config.caption_sections import DatasetCaptions
+from kubetuner.config.distribution import FsdpSettings
 from kubetuner.config.objective import (
     EmaSettings,
     FlowSchedule,
@@ -210,16 +211,16 @@ class TrainSection(Section):
         nonfinite_loss: What to do with a step whose loss or gradient is not finite.
         log_step_interval: Optimizer steps between logged points.
         seed: Seeds noise, timesteps, caption dropout, sampling order and adapter initialisation.
+        num_train_processes: Processes of a pod, each with ``train_batch_size``; 0 for one per GPU, or one on a CPU.
+        fsdp: How they share out the weights; ``None`` without ``fsdp_enable``.
     """
 
     SPEED_ONLY: ClassVar[frozenset[str]] = frozenset(
         {
-            "checkpoint_step_interval",
-            "checkpoint_epoch_interval",
-            "checkpoints_total_limit",
-            "resume_from_checkpoint",
+            "checkpoint_step_interval", "checkpoint_epoch_interval", "checkpoints_total_limit",
+            "resume_from_checkpoint", "num_train_processes", "fsdp",
         }
-    )
+    )  # fmt: skip
 
     model: ModelRef
     model_type: ModelType
@@ -266,6 +267,17 @@ class TrainSection(Section):
     checkpoints_total_limit: int = 5
     resume_from_checkpoint: str = "latest"
     log_step_interval: int = 1
+    num_train_processes: int = 0
+    fsdp: FsdpSettings | None = None
+
+    @property
+    def planned_micro_steps(self) -> int:
+        """Batches per optimizer step; counted for one process where the GPUs decide how many there are."""
+        return self.gradient_accumulation_steps * max(self.num_train_processes, 1)
+
+    def deciding_with(self, processes: int) -> dict[str, object]:
+        """As :meth:`deciding`: of so many processes, the batches per optimizer step are what decides."""
+        return self.deciding() | {"gradient_accumulation_steps": self.gradient_accumulation_steps * processes}
 
     @property
     def frozen_in_bf16(self) -> bool:

@@ -84,15 +84,27 @@ class _Stretch:
 class Batches:
     """The batches of a training run over encoded datasets.
 
+    Args:
+        section: The settings.
+        latents: Folders of the latents artifacts.
+        text_embeds: Folders of the text embeds artifacts.
+        text_tensors: Names of a caption's tensors.
+        processes: How many share an optimizer step; each makes ``gradient_accumulation_steps`` of its batches.
+
     Raises:
         ArtifactError: The caches are damaged or were made of different datasets.
         DatasetError: Datasets cannot fill one batch; names each of them.
     """
 
     def __init__(
-        self, section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[Path], text_tensors: Sequence[str]
+        self,
+        section: TrainSection,
+        latents: Sequence[Path],
+        text_embeds: Sequence[Path],
+        text_tensors: Sequence[str],
+        processes: int = 1,
     ) -> None:
-        self._section = section
+        self._section, self._micro_steps = section, section.gradient_accumulation_steps * processes
         self._samples = EncodedSamples(latents, text_embeds, text_tensors)
         self._buckets = _buckets(section, self._samples)
         self.null = self._samples.text("")
@@ -103,7 +115,7 @@ class Batches:
     def batch(self, step: int, micro: int) -> Batch:
         """The batch of micro-step ``micro`` of optimizer step ``step``, both counted from 0."""
         self._samples.renew_claims()
-        position = step * self._section.gradient_accumulation_steps + micro
+        position = step * self._micro_steps + micro
         stretch = self._stretch(position)
         passed, index = divmod(position - stretch.start, stretch.batches)
         epoch = stretch.epoch + passed
@@ -123,7 +135,7 @@ class Batches:
         return stretch.epoch + (micro_steps - stretch.start) / stretch.batches
 
     def _plan_stretches(self) -> list[_Stretch]:
-        size, accumulation = self._section.train_batch_size, self._section.gradient_accumulation_steps
+        size, accumulation = self._section.train_batch_size, self._micro_steps
         lengths = {name: sum(len(rows) // size for rows in buckets) for name, buckets in self._buckets.items()}
         found: list[_Stretch] = []
         epoch = 0
@@ -138,7 +150,7 @@ class Batches:
         """The stretch that a micro-step lies in."""
         stretch = next(one for one in reversed(self._stretches) if one.start <= position)
         if not stretch.batches:
-            step = position // self._section.gradient_accumulation_steps + 1
+            step = position // self._micro_steps + 1
             raise DatasetError(f"no dataset is drawn from in step {step}; correct start_step and end_step and run plan")
         return stretch
 

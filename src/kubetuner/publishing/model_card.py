@@ -156,9 +156,11 @@ def _training(section: PushSection, model: ModelArtifact) -> list[tuple[str, str
     )
     rows += _chosen(settings, _TRAINING) + _chosen(section.model.scheduler.settings(), _SCHEDULER)
     rows += _groups(settings)
+    if model.num_processes > 1:
+        rows.append(("Processes", str(model.num_processes)))
     micro, accumulated = settings.get("train_batch_size"), settings.get("gradient_accumulation_steps")
     if isinstance(micro, int) and isinstance(accumulated, int):
-        rows.append(("Effective batch size", str(micro * accumulated)))
+        rows.append(("Effective batch size", str(micro * accumulated * model.num_processes)))
     if isinstance(settings.get("lora"), dict):
         rows += _adapter(settings["lora"])
     datasets = [entry for entry in settings.get("datasets", ()) if isinstance(entry, dict)]

@@ -35,6 +35,6 @@ def needed_repeats(measured: Measured, train: TrainSection) -> int:
     counts = [len(sizes) for sizes in measured.buckets.values()]
     size = train.train_batch_size
     passes = math.ceil(size / min(counts))
-    while sum(count * passes // size for count in counts) < train.gradient_accumulation_steps:
+    while sum(count * passes // size for count in counts) < train.planned_micro_steps:
         passes += 1
     return passes - 1

@@ -29,7 +29,7 @@ class Costs:
             trimmed.
         parameters: Of the denoiser.
         training_memory_bytes: Weights, gradients, optimizer state, and averages on the accelerator; activations come
-            on top.
+            on top. Of one GPU's share, where FSDP2 shares them out.
     """
 
     latents_bytes: int
@@ -59,6 +59,8 @@ def estimate(sections: Sections, measured: Sequence[Measured]) -> Costs:
     else:
         whole = _BYTES["bf16" if sections.train.frozen_in_bf16 else "fp32"]
         memory = int(parameters * BYTES.get(sections.train.base_model_precision, whole))
+    if sections.train.fsdp is not None:
+        memory //= max(sections.train.num_train_processes, 1)
     return Costs(
         latents_bytes=floats * _BYTES[sections.cache_vae.dtype] * (2 if sections.cache_vae.vae_cache_moments else 1),
         text_embeds_bytes=texts * _text_floats(model) * _BYTES[sections.cache_text_embeds.dtype],

@@ -189,7 +189,7 @@ def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
     if not measured.samples:
         reasons = "; ".join(f"{on_one_line(name)}: {reason}" for name, reason in measured.skipped[:_NAMED])
         return [Problem(where, f"none of its {len(measured.skipped)} pictures is usable ({reasons}).")]
-    effective = train.train_batch_size * train.gradient_accumulation_steps
+    effective = train.train_batch_size * train.planned_micro_steps
     if not measured.trained_on or drawn_per_epoch(measured, train) >= effective:
         return []
     repeats = measured.entry.sampling.repeats
@@ -200,20 +200,25 @@ def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
     ]
     fullest = max(len(sizes) for sizes in measured.buckets.values())
     needed = max(math.ceil(effective / fullest) - 1, 0)
-    fitting = fullest * (repeats + 1) // train.gradient_accumulation_steps
+    fitting = fullest * (repeats + 1) // train.planned_micro_steps
     advice = f"set repeats to {needed}"
+    most = fullest * (repeats + 1) // max(train.num_train_processes, 1)
     if fitting:
         advice += f", or train_batch_size to {fitting}"
-    elif train.gradient_accumulation_steps > 1:
-        advice += f", or train_batch_size to 1 and gradient_accumulation_steps to {fullest * (repeats + 1)}"
+    elif 0 < most < train.gradient_accumulation_steps:
+        advice += f", or train_batch_size to 1 and gradient_accumulation_steps to {most}"
     if not measured.entry.repeats_set:
         advice += ", or allow_dataset_oversubscription to true in config.json"
     message = (
         f"one optimizer step needs train_batch_size {train.train_batch_size} x gradient_accumulation_steps "
-        f"{train.gradient_accumulation_steps} = {effective} pictures in whole batches of "
+        f"{train.gradient_accumulation_steps}{_times_processes(train)} = {effective} pictures in whole batches of "
         f"one bucket each, and there are too few: {'; '.join(lines)}. To fix it, {advice}."
     )
     return [Problem(f"{where}.repeats", message)]
+
+
+def _times_processes(train: TrainSection) -> str:
+    return f" x num_train_processes {train.num_train_processes}" if train.num_train_processes > 1 else ""
 
 
 def unreadable_problems(measured: Measured, most: float) -> list[Problem]:
@@ -234,4 +239,4 @@ def steps_per_epoch(measured: Sequence[Measured], train: TrainSection) -> int:
     """Optimizer steps per epoch of the first step's datasets; each bucket's incomplete batch is dropped."""
     first = stages(train.datasets)[0].datasets
     batches = sum(drawn_per_epoch(one, train) // train.train_batch_size for one in measured if one.id in first)
-    return max(math.ceil(batches / train.gradient_accumulation_steps), 1)
+    return max(math.ceil(batches / train.planned_micro_steps), 1)

@@ -65,7 +65,7 @@ def _steps(trained: Sequence[Measured], epochs: dict[str, Epochs], epoch: int, t
         if epochs[one.id].first <= epoch and (epochs[one.id].last is None or epoch <= (epochs[one.id].last or 0))
     ]
     batches = sum(drawn_per_epoch(one, train) // train.train_batch_size for one in active)
-    return max(math.ceil(batches / train.gradient_accumulation_steps), 1) if active else 0
+    return max(math.ceil(batches / train.planned_micro_steps), 1) if active else 0
 
 
 def _in_steps(one: Measured, firsts: dict[int, int]) -> Measured:

@@ -49,17 +49,18 @@ def amount(count: int) -> str:
 def _model(sections: Sections, epoch: int, costs: Costs) -> str:
     train = sections.train
     steps = train.max_train_steps or train.num_train_epochs * epoch
-    batch = train.train_batch_size * train.gradient_accumulation_steps
+    batch = train.train_batch_size * train.planned_micro_steps
     kind = _kind(train)
     rows = [
         ("model", f"`{train.model.path}` ({train.model.family})"),
         ("revision", f"`{train.model.revision[:12] or 'newest'}`"),
         ("training", f"{kind}, {costs.parameters / 1e6:.1f} million weights in the denoiser"),
+        ("processes", _processes(train)),
         ("steps", f"{steps} of {batch} pictures; {epoch} per epoch, {steps / epoch:.1f} epochs"),
         ("learning rate", f"{train.learning_rate:g}, {train.lr_scheduler}, {train.lr_warmup_steps} warm-up steps"),
         ("latents", amount(costs.latents_bytes)),
         ("text embeddings", f"at most {amount(costs.text_embeds_bytes)}, with one caption per picture"),
-        ("memory", f"{amount(costs.training_memory_bytes)} for weights and optimizer; activations come on top"),
+        ("memory", f"{amount(costs.training_memory_bytes)} for weights and optimizer{_each(train)}"),
     ]
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows)
 
@@ -68,6 +69,18 @@ def _kind(train: TrainSection) -> str:
     if train.lora is None:
         return "biases only (BitFit)" if train.layer_freeze_strategy == "bitfit" else "full fine-tune"
     return f"{train.lora.title} " + ("of full rank" if train.lora.full_rank else f"of rank {train.lora.rank}")
+
+
+def _each(train: TrainSection) -> str:
+    each = "; of each GPU" if train.num_train_processes > 1 else ""
+    return f"{each}; activations come on top"
+
+
+def _processes(train: TrainSection) -> str:
+    sharing = ", which share the weights out (FSDP2)" if train.fsdp else ""
+    if train.num_train_processes:
+        return f"{train.num_train_processes}{sharing}"
+    return f"one per GPU that training finds{sharing}; steps and pictures below are for one"
 
 
 def _datasets(sections: Sections, measured: Sequence[Measured]) -> str:

@@ -1,5 +1,6 @@
 """The ``train`` step: from cached latents and text embeddings to a trained model."""
 
+import logging
 import math
 import os
 import statistics
@@ -15,6 +16,7 @@ from kubetuner.artifacts import (
     FileEntry,
     LatentsArtifact,
     ModelArtifact,
+    Record,
     TextEmbedsArtifact,
     describe_file,
     fingerprint,
@@ -24,18 +26,22 @@ from kubetuner.artifacts import (
     write_rows,
 )
 from kubetuner.config.sections import TrainSection
+from kubetuner.errors import TrainingError
 
 if TYPE_CHECKING:
     from kubetuner.tracking import Run
     from kubetuner.training.checkpoints import LossPoint
-    from kubetuner.training.loop import Job
+    from kubetuner.training.loop import Job, Outcome
+    from kubetuner.training.processes import Processes
+
+logger = logging.getLogger(__name__)
 
 _TRACKED_PARAMS = (
     "model_type", "layer_freeze_strategy", "max_train_steps", "num_train_epochs", "train_batch_size",
     "gradient_accumulation_steps", "mixed_precision", "base_model_precision", "optimizer", "learning_rate",
     "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "grad_clip_method", "caption_dropout_probability", "seed",
 )  # fmt: skip
-_TRACKED_GROUPS = ("loss", "noise", "timestep_bias", "flow", "rollout", "ema")
+_TRACKED_GROUPS = ("loss", "noise", "timestep_bias", "flow", "rollout", "ema", "fsdp")
 
 
 def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[Path], out: Path) -> ModelArtifact:
@@ -44,6 +50,8 @@ def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[
     Goes on from the latest complete checkpoint of the same settings and inputs. Checkpoints are in the folder
     ``KUBETUNER_CHECKPOINTS``, or else in ``out/checkpoints``, and are removed when the model is complete.
 
+    Several processes are started as children of this one, unless this one is among several that ``torchrun`` started.
+
     Args:
         section: What to train and how.
         latents: Folders of the latents artifacts.
@@ -51,48 +59,109 @@ def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[
         out: Folder of the model artifact.
 
     Raises:
+        InputError: More processes are asked for than there are GPUs.
         ArtifactError: An input is missing or damaged.
-        TrainingError: A loss was not finite, a checkpoint cannot be used, or the saved adapter does not load.
+        TrainingError: A loss was not finite, a checkpoint cannot be used, the saved adapter does not load, or one of
+            several processes died.
         TerminatedError: SIGTERM arrived; run again to resume.
     """
+    from kubetuner.training.launch import launch, wanted_processes
+    from kubetuner.training.processes import joined
+
+    count = wanted_processes(section)
+    if count > 1:
+        request = WorkerRequest(section=section, latents=tuple(latents), text_embeds=tuple(text_embeds), out=out)
+        launch("kubetuner.steps.train_worker", request.model_dump_json(), count)
+        return read_artifact(out, ModelArtifact)
+    with joined(section) as processes:
+        return _train(section, latents, text_embeds, out, processes)
+
+
+class WorkerRequest(Record):
+    """The arguments of :func:`train` for one of several processes."""
+
+    section: TrainSection
+    latents: tuple[Path, ...]
+    text_embeds: tuple[Path, ...]
+    out: Path
+
+
+def _train(
+    section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[Path], out: Path, processes: "Processes"
+) -> ModelArtifact:
+    """What each process does; the first one writes, and what it made is what all return."""
     from kubetuner.tracking import track
     from kubetuner.training.checkpoints import Checkpoints
     from kubetuner.training.loop import train_denoiser
+    from kubetuner.training.saving import gathered
     from kubetuner.training.threads import limit_threads
 
     limit_threads()
+    if section.fsdp is not None and processes.count == 1:
+        logger.warning("fsdp_enable has no effect: there is one process, so nothing is shared out")
     parents = [read_artifact(folder, LatentsArtifact).fingerprint for folder in latents]
     parents += [read_artifact(folder, TextEmbedsArtifact).fingerprint for folder in text_embeds]
     out.mkdir(parents=True, exist_ok=True)
-    key = fingerprint("train", section.deciding(), *parents)
-    root = Path(os.environ.get("KUBETUNER_CHECKPOINTS") or out / "checkpoints")
-    checkpoints = Checkpoints(root, key, section.checkpoints_total_limit)
-    with track("train", _params(section)) as run:
-        job = _job(section, latents, text_embeds)
+    key = fingerprint("train", section.deciding_with(processes.count), *parents)
+    checkpoints = Checkpoints(*_checkpoints(section, parents, out, processes), section.checkpoints_total_limit)
+    with track("train", _params(section, processes.count)) as run:
+        job = _job(section, latents, text_embeds, processes)
         outcome = train_denoiser(job, checkpoints, run.log_metrics)
-        uri = _save(job, out, run)
-        write_rows(out, LOSSES_FILE, outcome.points)
-        first, last = _ends(outcome.points)
-        artifact = ModelArtifact(
-            fingerprint=key,
-            parents=tuple(parents),
-            files=_files(out),
-            family=section.model.family,
-            model_type=section.model_type,
-            base_model=section.model.path,
-            base_revision=section.model.revision,
-            steps=outcome.steps,
-            first_loss=first,
-            last_loss=last,
-            mlflow_model_uri=uri,
-            mlflow_run_id=run.run_id,
-        )
-    write_artifact(out, artifact)
-    checkpoints.remove()
-    return artifact
+        job = gathered(job)
+        artifact = _write(job, outcome, out, run, key, parents) if processes.first else None
+    if artifact is not None:
+        write_artifact(out, artifact)
+        checkpoints.remove()
+    told = processes.from_first(artifact)
+    if told is None:
+        raise TrainingError("the first process has told of no model")
+    return told
 
 
-def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[Path]) -> "Job":
+def _checkpoints(section: TrainSection, parents: Sequence[str], out: Path, processes: "Processes") -> tuple[Path, str]:
+    """The root of all runs' checkpoints and this run's key, which ends with the batches per optimizer step.
+
+    Any number of processes goes on from them that makes that many batches. Another number of batches is another run,
+    which is said where it leaves checkpoints behind.
+    """
+    root = Path(os.environ.get("KUBETUNER_CHECKPOINTS") or out / "checkpoints")
+    micro_steps = section.gradient_accumulation_steps * processes.count
+    run = fingerprint("train", section.deciding_with(0), *parents)  # The same for any number of batches.
+    others = sorted(path.parent.name.removeprefix(f"{run}-") for path in root.glob(f"{run}-*/checkpoint-*"))
+    if processes.first and others and str(micro_steps) not in others:
+        logger.warning(
+            "%s holds checkpoints of this run with %s batches per optimizer step; this one makes %d "
+            "(gradient_accumulation_steps %d x %d processes) and starts anew; to go on from them, change one of them.",
+            root, " and ".join(dict.fromkeys(others)), micro_steps, section.gradient_accumulation_steps,
+            processes.count,
+        )  # fmt: skip
+    return root, f"{run}-{micro_steps}"
+
+
+def _write(job: "Job", outcome: "Outcome", out: Path, run: "Run", key: str, parents: Sequence[str]) -> ModelArtifact:
+    """Put the model and its losses into ``out`` and describe them."""
+    uri = _save(job, out, run)
+    write_rows(out, LOSSES_FILE, outcome.points)
+    first, last = _ends(outcome.points)
+    section = job.section
+    return ModelArtifact(
+        fingerprint=key,
+        parents=tuple(parents),
+        files=_files(out),
+        family=section.model.family,
+        model_type=section.model_type,
+        base_model=section.model.path,
+        base_revision=section.model.revision,
+        steps=outcome.steps,
+        num_processes=job.processes.count,
+        first_loss=first,
+        last_loss=last,
+        mlflow_model_uri=uri,
+        mlflow_run_id=run.run_id,
+    )
+
+
+def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[Path], processes: "Processes") -> "Job":
     """Load the denoiser and open the caches."""
     import torch
 
@@ -107,7 +176,7 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     family = load_family(section.model.family)
-    batches = Batches(section, latents, text_embeds, family.facts.text_tensors)
+    batches = Batches(section, latents, text_embeds, family.facts.text_tensors, processes.count)
     process = family.noise_process(section.model, section.process())
     bf16 = section.mixed_precision == "bf16"
     regularising = frozenset(dataset.id for dataset in section.datasets if dataset.is_regularisation_data)
@@ -124,20 +193,21 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
             regularising=regularising,
             masked=section.masked_loss_probability,
             rollout=section.rollout,
-            micro_steps=section.gradient_accumulation_steps,
+            micro_steps=section.gradient_accumulation_steps * processes.count,
         ),
         batches=batches,
         epochs=batches.epochs,
-        total_steps=_total_steps(section, batches.batches_per_epoch),
+        total_steps=_total_steps(section, batches.batches_per_epoch, processes.count),
         device=device,
+        processes=processes,
     )
 
 
-def _total_steps(section: TrainSection, batches_per_epoch: int) -> int:
+def _total_steps(section: TrainSection, batches_per_epoch: int, processes: int) -> int:
     """Optimizer steps; an epoch's last step may have batches of the next epoch."""
     if section.max_train_steps > 0:
         return section.max_train_steps
-    return section.num_train_epochs * math.ceil(batches_per_epoch / section.gradient_accumulation_steps)
+    return section.num_train_epochs * math.ceil(batches_per_epoch / (section.gradient_accumulation_steps * processes))
 
 
 def _ends(points: Sequence["LossPoint"]) -> tuple[float, float]:
@@ -170,10 +240,11 @@ def _files(out: Path) -> tuple[FileEntry, ...]:
     return (*top, *(entry.model_copy(update={"path": f"{PIPELINE_FOLDER}/{entry.path}"}) for entry in nested))
 
 
-def _params(section: TrainSection) -> dict[str, str]:
+def _params(section: TrainSection, processes: int) -> dict[str, str]:
     """What the tracked run shows of the settings, LoRA and base included."""
     values = section.model_dump(mode="json", include=set(_TRACKED_PARAMS))
     values |= {"model_family": section.model.family, "base_model": section.model.path}
+    values |= {"num_train_processes": processes}
     for group in _TRACKED_GROUPS:
         chosen = getattr(section, group)
         if chosen is not None and chosen != TrainSection.model_fields[group].default:

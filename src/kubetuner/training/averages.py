@@ -8,10 +8,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from kubetuner.config.objective import EmaSettings
 from kubetuner.errors import TrainingError
+from kubetuner.training.sharding import part, spread
 
 
 class Averages:
     """Float32 averages of parameters; they start as copies. All that changes them is the number of steps taken.
+
+    Of a sharded parameter each process averages the part that it holds.
 
     Args:
         settings: Decay, interval and place.
@@ -37,19 +40,19 @@ class Averages:
         if weights.keys() != self.weights.keys():
             raise TrainingError("the checkpoint holds averages of other parameters; delete it to start afresh")
         for name, average in self.weights.items():
-            average.copy_(weights[name])
+            average.copy_(part(spread(weights[name], self._parameters[name])))
 
     @torch.no_grad()
     def export(self) -> None:
         """Put the averages into the parameters."""
         for name, parameter in self._parameters.items():
-            parameter.copy_(self.weights[name])
+            part(parameter).copy_(self.weights[name])
 
     def _current(self) -> Sequence[Tensor]:
         return [self._here(parameter) for parameter in self._parameters.values()]
 
     def _here(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.detach().to("cpu" if self._settings.device == "cpu" else parameter.device)
+        return part(parameter.detach()).to("cpu" if self._settings.device == "cpu" else parameter.device)
 
 
 def decay_after(settings: EmaSettings, taken: int) -> float:

@@ -1,7 +1,7 @@
 """Questions in the order of training, prepared in the background where that helps."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
@@ -13,18 +13,18 @@ _AHEAD = 2
 
 
 class Feed:
-    """Yields the questions of all micro-steps of ``steps``, on ``device``.
+    """Yields the questions of the micro-steps ``micro_steps`` of all ``steps``, on ``device``.
 
     On a GPU one thread reads, noises and pins the next ones meanwhile. On a CPU that thread would only take time from
     the computation, so they are prepared when they are asked for.
     """
 
     def __init__(
-        self, prepare: Callable[[int, int], Question], steps: range, micro_steps: int, device: torch.device
+        self, prepare: Callable[[int, int], Question], steps: range, micro_steps: Sequence[int], device: torch.device
     ) -> None:
         self._prepare, self._device = prepare, device
-        self._positions: Iterator[tuple[int, int]] = ((step, micro) for step in steps for micro in range(micro_steps))
-        self._worker = ThreadPoolExecutor(1, "kubetuner-feed") if device.type == "cuda" else None
+        self._positions: Iterator[tuple[int, int]] = ((step, micro) for step in steps for micro in micro_steps)
+        self._worker = _thread() if device.type == "cuda" else None
         self._waiting: deque[Future[Question]] = deque()
 
     def next(self) -> Question:
@@ -50,3 +50,10 @@ class Feed:
 
     def _prepare_pinned(self, step: int, micro: int) -> Question:
         return self._prepare(step, micro).pinned()
+
+
+def _thread() -> ThreadPoolExecutor:
+    """One thread on this process's GPU: a new thread would pin its memory on the first one."""
+    return ThreadPoolExecutor(
+        1, "kubetuner-feed", initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),)
+    )

@@ -3,7 +3,8 @@
 One optimizer step is: for each micro-step draw a batch, noise it, ask the denoiser, score the answer, go backwards;
 then clip, set the learning rate, step, and let the averages follow. Batches, noise and dropout depend on the seed and
 the step's number only (:mod:`kubetuner.training.randomness`), so weights, averages, the optimizer's state and that
-number are all that a checkpoint needs, and a resumed run has the losses of an uninterrupted one bit for bit.
+number are all that a checkpoint needs, and a resumed run has the losses of an uninterrupted one bit for bit. Several
+processes share the micro-steps of a step (:mod:`kubetuner.training.processes`).
 """
 
 import logging
@@ -25,8 +26,10 @@ from kubetuner.training.meter import Log, Meter
 from kubetuner.training.nonfinite import Guard
 from kubetuner.training.objective import BatchSource, Objective, Question
 from kubetuner.training.optimizers import clip_gradients, make_optimizer, set_learning_rate
+from kubetuner.training.processes import ALONE, Processes
 from kubetuner.training.randomness import seed_dropout
 from kubetuner.training.schedules import learning_rate
+from kubetuner.training.sharding import collect, collect_state, part, spread, spread_state
 from kubetuner.training.taken import TakenStep
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,7 @@ class Job:
         denoiser: The network on its device; the parameters that require gradients are trained.
         epochs: Epochs gone through after so many micro-steps, for the log.
         total_steps: Optimizer steps.
+        processes: Those that train ``denoiser`` together.
     """
 
     section: TrainSection
@@ -49,6 +53,7 @@ class Job:
     epochs: Callable[[int], float]
     total_steps: int
     device: torch.device
+    processes: Processes = ALONE
 
     def question(self, step: int, micro: int) -> Question:
         """The noised batch of one micro-step."""
@@ -72,32 +77,34 @@ def train_denoiser(job: Job, checkpoints: Checkpoints, log: Log) -> Outcome:
 
     Raises:
         TrainingError: The loss or gradient is not finite, or a named checkpoint cannot be used.
-        TerminatedError: SIGTERM arrived; a checkpoint was saved.
+        TerminatedError: SIGTERM arrived, in whichever process; a checkpoint was saved.
     """
-    section, learner = job.section, _learner(job)
-    parameters = list(learner.parameters.values())
+    section, processes = job.section, job.processes
+    network = processes.network(job.denoiser)
+    learner = _learner(job)
     start, points = _resume(job, learner, checkpoints)
-    steps = range(start, job.total_steps)
+    steps, micro_steps = range(start, job.total_steps), processes.micro_steps(section.gradient_accumulation_steps)
     job.denoiser.train()
     with (
         StopRequest() as stop,
-        Progress("train", job.total_steps, "steps", initial=start) as progress,
-        Feed(job.question, steps, section.gradient_accumulation_steps, job.device) as feed,
+        Progress("train", job.total_steps, "steps", initial=start, quiet=not processes.first) as progress,
+        Feed(job.question, steps, micro_steps, job.device) as feed,
     ):
-        guard = Guard(section, checkpoints.beside, feed.again)
+        guard = Guard(section, checkpoints.beside, feed.again, processes)
         meter = Meter(section, guard, log, progress, points)
         for step in steps:
-            taken = _run_backwards(job, parameters, feed, step)
+            taken = _run_backwards(job, network, learner, feed, step)
             if guard.skips(taken):
                 progress.advance(note="skipped")
             else:
                 learner.update(taken)
                 meter.add(taken)
             learner.optimizer.zero_grad()
-            if stop.received or _checkpoint_due(job, step + 1):
+            stopping = processes.any(stop.received)
+            if stopping or _checkpoint_due(job, step + 1):
                 meter.finish()
-                checkpoints.save(learner.snapshot(step + 1, tuple(meter.points)))
-            if stop.received and step + 1 < job.total_steps:
+                _save(processes, checkpoints, learner.snapshot(processes, step + 1, tuple(meter.points)))
+            if stopping and step + 1 < job.total_steps:
                 raise TerminatedError(
                     f"stopped by SIGTERM after step {step + 1} of {job.total_steps}; "
                     "a checkpoint was saved: run again to resume"
@@ -111,7 +118,7 @@ def train_denoiser(job: Job, checkpoints: Checkpoints, log: Log) -> Outcome:
 
 @dataclass(frozen=True)
 class _Learner:
-    """What a step changes: the parameters, the optimizer's state, and the averages if there are any."""
+    """What a step changes: the parameters, the optimizer's state, and the averages if this process keeps any."""
 
     parameters: dict[str, nn.Parameter]
     optimizer: Optimizer
@@ -124,36 +131,56 @@ class _Learner:
         if self.averages is not None:
             self.averages.update(taken.number)
 
-    def snapshot(self, taken: int, points: tuple[LossPoint, ...]) -> Snapshot:
-        """The state after ``taken`` steps."""
-        averages = {} if self.averages is None else self.averages.weights
-        return Snapshot(taken, self.parameters, self.optimizer.state_dict(), points, averages)
+    def snapshot(self, processes: Processes, taken: int, points: tuple[LossPoint, ...]) -> Snapshot:
+        """The state after ``taken`` steps; complete in the first process only."""
+        keep = processes.first
+        weights = collect(self.parameters, self.parameters, keep)
+        averages = {} if self.averages is None else collect(self.averages.weights, self.parameters, keep)
+        return Snapshot(taken, weights, collect_state(self.optimizer, keep), points, averages)
 
 
 def _learner(job: Job) -> _Learner:
-    parameters = job.trained()
-    averages = None if job.section.ema is None else Averages(job.section.ema, parameters)
+    parameters, processes = job.trained(), job.processes
+    averages = None
+    if job.section.ema is not None and (processes.first or processes.sharded):
+        averages = Averages(job.section.ema, parameters)
     return _Learner(parameters, make_optimizer(job.section, list(parameters.values())), averages)
 
 
-def _run_backwards(job: Job, parameters: list[nn.Parameter], feed: Feed, step: int) -> TakenStep:
+def _run_backwards(job: Job, network: nn.Module, learner: _Learner, feed: Feed, step: int) -> TakenStep:
     """Gradients of one optimizer step, clipped."""
-    section, micro_steps = job.section, job.section.gradient_accumulation_steps
+    section, processes = job.section, job.processes
+    micro_steps = processes.micro_steps(section.gradient_accumulation_steps)
     samples: list[str] = []
     regularising: list[bool] = []
     losses: list[Tensor] = []
-    for micro in range(micro_steps):
+    for micro in micro_steps:
         question = feed.next()
         seed_dropout(section.seed, step, micro)
-        loss = job.objective.losses(job.denoiser, question)
-        (loss.mean() / micro_steps).backward()  # type: ignore[no-untyped-call]
+        with processes.accumulating(network, micro == micro_steps[-1]):
+            loss = job.objective.losses(network, question)
+            (loss.mean() / len(micro_steps)).backward()  # type: ignore[no-untyped-call]
         samples.extend(question.samples)
         regularising.extend([question.regularising] * len(question.samples))
         losses.append(loss.detach())
-    size = clip_gradients(section, parameters)
-    rate = learning_rate(section, step, job.total_steps)
-    epoch = job.epochs((step + 1) * micro_steps)
-    return TakenStep(step + 1, rate, epoch, tuple(samples), torch.cat(losses), size, tuple(regularising))
+    size = clip_gradients(section, list(learner.parameters.values()))
+    everyones = processes.gathered(torch.cat(losses))
+    return TakenStep(
+        number=step + 1,
+        learning_rate=learning_rate(section, step, job.total_steps),
+        epoch=job.epochs((step + 1) * len(micro_steps) * processes.count),
+        samples=tuple(samples),
+        losses=everyones,
+        gradient=size,
+        regularising=processes.all_of(regularising) if job.objective.regularising else (False,) * len(everyones),
+    )
+
+
+def _save(processes: Processes, checkpoints: Checkpoints, snapshot: Snapshot) -> None:
+    """Write one checkpoint for all; none goes on, or ends, before it is complete."""
+    if processes.first:
+        checkpoints.save(snapshot)
+    processes.wait()
 
 
 def _checkpoint_due(job: Job, taken: int) -> bool:
@@ -162,7 +189,7 @@ def _checkpoint_due(job: Job, taken: int) -> bool:
         return True
     if epochs == 0:
         return False
-    micro_steps = job.section.gradient_accumulation_steps
+    micro_steps = job.section.gradient_accumulation_steps * job.processes.count
     before = job.epochs((taken - 1) * micro_steps) if taken > 1 else 0.0
     return job.epochs(taken * micro_steps) // epochs > before // epochs
 
@@ -170,14 +197,20 @@ def _checkpoint_due(job: Job, taken: int) -> bool:
 def _resume(job: Job, learner: _Learner, checkpoints: Checkpoints) -> tuple[int, tuple[LossPoint, ...]]:
     """Load the checkpoint that the section asks for; returns the steps taken and what they logged."""
     snapshot = checkpoints.load(job.section.resume_from_checkpoint)
+    found = 0 if snapshot is None else snapshot.step
+    if job.processes.any(found != job.processes.from_first(found)):
+        raise TrainingError(
+            f"process {job.processes.rank} of {job.processes.count} finds a checkpoint of step {found}, and the first "
+            "or another one does not: KUBETUNER_CHECKPOINTS must be a folder that all of them see"
+        )
     if snapshot is None:
         return 0, ()
     if learner.parameters.keys() != snapshot.weights.keys():
         raise TrainingError("the checkpoint holds other parameters than this run trains; delete it to start afresh")
     with torch.no_grad():
         for name, parameter in learner.parameters.items():
-            parameter.copy_(snapshot.weights[name])
-    learner.optimizer.load_state_dict(dict(snapshot.optimizer))
+            part(parameter).copy_(part(spread(snapshot.weights[name], parameter)))
+    learner.optimizer.load_state_dict(spread_state(snapshot.optimizer, list(learner.parameters.values())))
     if learner.averages is not None:
         learner.averages.load(snapshot.averages)
     logger.info("Resuming after step %d of %d", snapshot.step, job.total_steps)

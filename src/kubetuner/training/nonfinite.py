@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from kubetuner.config.sections import TrainSection
 from kubetuner.errors import TrainingError
 from kubetuner.training.objective import Question
+from kubetuner.training.processes import ALONE, Processes
 from kubetuner.training.randomness import derive_seed
 from kubetuner.training.taken import TakenStep, what_is_not_finite
 
@@ -33,10 +36,17 @@ class Guard:
         section: Holds the policy and the seed.
         folder: A folder ``step-<number>`` per bad step is written below it.
         prepare: Makes the question of a (step, micro-step) again.
+        processes: They read the same numbers and decide the same; the first one writes.
     """
 
-    def __init__(self, section: TrainSection, folder: Path, prepare: Callable[[int, int], Question]) -> None:
-        self._section, self._folder, self._prepare = section, folder, prepare
+    def __init__(
+        self,
+        section: TrainSection,
+        folder: Path,
+        prepare: Callable[[int, int], Question],
+        processes: Processes = ALONE,
+    ) -> None:
+        self._section, self._folder, self._prepare, self._processes = section, folder, prepare, processes
         self._in_a_row = 0
 
     def skips(self, taken: TakenStep) -> bool:
@@ -48,10 +58,11 @@ class Guard:
         if self._section.nonfinite_loss != "skip":
             return False
         *losses, gradient = torch.cat([taken.losses, taken.gradient.reshape(1)]).tolist()
-        wrong = what_is_not_finite(taken, losses, gradient)
-        if not wrong:
+        if all(map(math.isfinite, (*losses, gradient))):
             self._in_a_row = 0
             return False
+        taken = self._named(taken)
+        wrong = what_is_not_finite(taken, losses, gradient)
         kept = self._keep(taken, losses, gradient)
         self._in_a_row += 1
         if self._in_a_row >= MOST_SKIPPED_IN_A_ROW:
@@ -65,14 +76,23 @@ class Guard:
         Raises:
             TrainingError: They are not finite; names the samples and where the batch was put.
         """
-        wrong = what_is_not_finite(taken, losses, gradient)
-        if wrong:
-            kept = self._keep(taken, losses, gradient)
-            raise TrainingError(f"{wrong}; its batch is in {kept}. Set nonfinite_loss to skip to leave such steps out.")
+        if all(map(math.isfinite, (*losses, gradient))):
+            return
+        taken = self._named(taken)
+        kept, wrong = self._keep(taken, losses, gradient), what_is_not_finite(taken, losses, gradient)
+        raise TrainingError(f"{wrong}; its batch is in {kept}. Set nonfinite_loss to skip to leave such steps out.")
+
+    def _named(self, taken: TakenStep) -> TakenStep:
+        """The step with the names of all processes' samples, in the order of its losses."""
+        return replace(taken, samples=self._processes.all_of(taken.samples))
 
     def _keep(self, taken: TakenStep, losses: Sequence[float], gradient: float) -> Path:
         """Write the noised batch of every micro-step and the seeds; with a checkpoint they are the step again."""
-        step, seed, micro_steps = taken.number - 1, self._section.seed, self._section.gradient_accumulation_steps
+        step, seed = taken.number - 1, self._section.seed
+        micro_steps = self._section.gradient_accumulation_steps * self._processes.count
+        final, temporary = self._folder / f"step-{taken.number}", self._folder / f".step-{taken.number}.tmp"
+        if not self._processes.first:
+            return final
         tensors: dict[str, Tensor] = {}
         for micro in range(micro_steps):
             tensors |= {f"{micro}.{name}": tensor for name, tensor in self._prepare(step, micro).named().items()}
@@ -89,7 +109,6 @@ class Guard:
                 for micro in range(micro_steps)
             ],
         }
-        final, temporary = self._folder / f"step-{taken.number}", self._folder / f".step-{taken.number}.tmp"
         for folder in (temporary, final):
             shutil.rmtree(folder, ignore_errors=True)
         temporary.mkdir(parents=True)

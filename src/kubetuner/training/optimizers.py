@@ -11,6 +11,7 @@ from torch.optim import Adafactor, AdamW, Optimizer
 from kubetuner.config.optimizers import OPTIMIZERS, OptimizerName
 from kubetuner.config.sections import TrainSection
 from kubetuner.errors import InputError
+from kubetuner.training.sharding import full
 
 _SIMPLE = {"adam_weight_decay": "weight_decay", "adam_epsilon": "eps"}
 _BNB = {"adamw": "AdamW", "adamw8bit": "AdamW8bit", "lion": "Lion", "lion8bit": "Lion8bit"}
@@ -87,14 +88,17 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 
 
 def clip_gradients(section: TrainSection, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Clip in place; returns the size before clipping: the norm, or with ``value`` the largest absolute entry."""
+    """Clip in place; returns the size before clipping: the norm, or with ``value`` the largest absolute entry.
+
+    The size is that of the whole gradient, also where each process holds a part of it.
+    """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if section.grad_clip_method == "value":
-        largest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
+        largest = full(torch.nn.utils.get_total_norm(gradients, norm_type=float("inf")))
         if section.max_grad_norm > 0:
             nn.utils.clip_grad_value_(parameters, section.max_grad_norm)
         return largest
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = full(torch.nn.utils.get_total_norm(gradients))
     if section.max_grad_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, section.max_grad_norm, norm)
     return norm

@@ -1,6 +1,7 @@
 """Saving what was trained, and making sure that it loads as what was trained."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,13 +9,29 @@ from torch import Tensor, nn
 
 from kubetuner.artifacts import PIPELINE_FOLDER
 from kubetuner.errors import TrainingError
-from kubetuner.training.denoiser import load_base
+from kubetuner.training.denoiser import load_base, prepare_denoiser
 from kubetuner.training.loop import Job
 from kubetuner.training.objective import Question
+from kubetuner.training.sharding import collect
 
 _ALLOWED_OF_EFFECT = 0.05
 _ALLOWED_ROUNDING = {True: 2e-2, False: 1e-4}
 """Largest share of the prediction's norm that rounding may explain, with and without bf16."""
+
+
+def gathered(job: Job) -> Job:
+    """The job with a denoiser that is not sharded, in the first process; all processes must ask."""
+    if not job.processes.sharded:
+        return job
+    trained = job.trained()
+    weights = collect(trained, trained, keep=job.processes.first)
+    if not job.processes.first:
+        return job
+    whole = replace(job, denoiser=prepare_denoiser(job.section, job.objective.family, job.device))
+    with torch.no_grad():
+        for name, parameter in whole.trained().items():
+            parameter.copy_(weights[name])
+    return whole
 
 
 def save_pipeline(job: Job, out: Path) -> Path:

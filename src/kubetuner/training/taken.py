@@ -13,8 +13,8 @@ class TakenStep:
 
     Attributes:
         number: 1 for the first step.
-        samples: Names, in the order of ``losses``.
-        losses: Loss per sample over all micro-steps.
+        samples: Names of this process's samples.
+        losses: Loss per sample over the micro-steps of all processes.
         gradient: Size of the gradient before clipping.
         regularising: Per sample, whether its target was the base model's prediction.
     """

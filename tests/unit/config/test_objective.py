@@ -83,6 +83,7 @@ def test_a_scaled_learning_rate_is_that_of_all_pictures_of_a_step() -> None:
     config = {"learning_rate": 1e-5, "train_batch_size": 8, "gradient_accumulation_steps": 2, "lr_scale": True}
     assert train_of(**config).learning_rate == pytest.approx(16e-5)
     assert train_of(**config, lr_scale_sqrt=True).learning_rate == pytest.approx(4e-5)
+    assert train_of(**config, num_train_processes=3).learning_rate == pytest.approx(48e-5)
     assert train_of(lr_scale=True).learning_rate == pytest.approx(4 * 4e-7)  # The default batch of the default rate.
 
 

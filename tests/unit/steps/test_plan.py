@@ -194,3 +194,26 @@ def test_a_rounded_base_takes_less_memory_or_misses_its_library(tmp_path, precis
         return
     plans = [make_plan(one, [entry()], cwd=tmp_path).summary["training_memory_bytes"] for one in (config, rounded)]
     assert plans[0] == plans[1] * (4 if precision == "nf4-bnb" else 2)
+
+
+def test_every_process_counts(tmp_path) -> None:
+    pictures(tmp_path / "a", *[(128, 128)] * 24)
+    alone = make_plan(CONFIG, [entry()], cwd=tmp_path)
+    four = make_plan({**CONFIG, "num_train_processes": 4, "fsdp_enable": True}, [entry()], cwd=tmp_path)
+
+    assert (alone.summary["steps_per_epoch"], four.summary["steps_per_epoch"]) == (12, 3)
+    assert "| processes | one per GPU that training finds; steps and pictures below are for one |" in alone.markdown
+    assert "| processes | 4, which share the weights out (FSDP2) |" in four.markdown
+    assert "10 of 8 pictures; 3 per epoch" in four.markdown
+    assert four.summary["training_memory_bytes"] == alone.summary["training_memory_bytes"] // 4
+
+
+def test_a_step_of_all_processes_that_has_too_few_pictures_is_refused(tmp_path) -> None:
+    pictures(tmp_path / "a", *[(128, 128)] * 10)
+    config = {**CONFIG, "num_train_processes": 4, "gradient_accumulation_steps": 3}
+
+    message = refusal(config, [entry()], tmp_path)["multidatabackend.json[0].repeats"]
+
+    assert "train_batch_size 2 x gradient_accumulation_steps 3 x num_train_processes 4 = 24 pictures" in message
+    assert "set repeats to 2" in message
+    assert "train_batch_size to 1 and gradient_accumulation_steps to 2" in message

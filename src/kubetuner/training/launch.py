@@ -1,0 +1,114 @@
+"""Starting the processes of one pod, and making one message of what goes wrong in any of them.
+
+What ``torchrun --standalone`` would do, but that a process that is told to stop has all the time it needs to save
+a checkpoint (``torchrun`` kills after 30 s), and that a person sees the first error and no other.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+import kubetuner
+from kubetuner.config.sections import TrainSection
+from kubetuner.errors import InputError
+from kubetuner.training.failures import first_error
+from kubetuner.training.interruption import StopRequest
+from kubetuner.training.threads import available_cpus
+
+logger = logging.getLogger(__name__)
+
+# For the others to find out by themselves that one is gone, and to say so to MLflow.
+GRACE_SECONDS = 10.0
+_POLL_SECONDS = 0.1
+
+
+def wanted_processes(section: TrainSection) -> int:
+    """How many processes to start: 1 where this one is to train, alone or among those that ``torchrun`` started.
+
+    Raises:
+        InputError: More are asked for than there are GPUs.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return 1
+    gpus, asked = torch.cuda.device_count(), section.num_train_processes
+    if asked > gpus > 0:
+        raise InputError(
+            f"num_train_processes is {asked} and {gpus} GPU(s) can be seen here; lower it, or ask for more "
+            "(KUBETUNER_GPUS when the pipeline is compiled, CUDA_VISIBLE_DEVICES on this machine)."
+        )
+    if asked > 1 and not gpus:
+        logger.warning("num_train_processes is %d and there is no GPU: they share the CPU", asked)
+    return asked or gpus or 1
+
+
+def launch(module: str, argument: str, count: int) -> None:
+    """Run ``python -m module`` in ``count`` processes until all have ended well; SIGTERM is passed on to them.
+
+    Args:
+        module: Finds ``argument`` in the file that is its first argument, and calls
+            :func:`~kubetuner.training.failures.report` on failure.
+        argument: Any text.
+        count: Processes.
+
+    Raises:
+        TerminatedError: SIGTERM arrived, and they stopped.
+        KubetunerError: The first error of a process, or how it died; the others were stopped.
+    """
+    with tempfile.TemporaryDirectory(prefix="kubetuner-") as name, StopRequest() as stop:
+        folder = Path(name)
+        (folder / "argument").write_text(argument, encoding="utf-8")
+        # Lives here and not in the first worker, so that its port cannot be lost to someone else meanwhile.
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        workers = [_start(module, folder, rank, count, store.port) for rank in range(count)]
+        try:
+            fallen = _watch(workers, stop)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.communicate()
+        if fallen:
+            codes = {rank: workers[rank].returncode for rank in fallen}
+            raise first_error(folder, codes, count, stopped=stop.received)
+
+
+def _start(module: str, folder: Path, rank: int, count: int, port: int) -> subprocess.Popen[bytes]:
+    """One worker, with the environment that ``torchrun`` would give it."""
+    path = [str(Path(kubetuner.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    settings = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+    }
+    threads = {"OMP_NUM_THREADS": str(max(1, available_cpus() // count))}
+    command = [sys.executable, "-m", module, str(folder)]
+    # Its end of the pipe closes when this process ends, however it ends: the worker then ends too.
+    return subprocess.Popen(command, env=threads | os.environ | settings, stdin=subprocess.PIPE)
+
+
+def _watch(workers: list[subprocess.Popen[bytes]], stop: StopRequest) -> list[int]:
+    """Wait for the workers; returns the ranks of those that failed before any was killed, in the order of their end."""
+    told, fallen, deadline = False, [], float("inf")
+    while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
+        if stop.received and not told:
+            told = True
+            for worker in workers:
+                worker.send_signal(signal.SIGTERM)
+        ended = [rank for rank, worker in enumerate(workers) if worker.poll()]
+        fallen += [rank for rank in ended if rank not in fallen]
+        if fallen and deadline == float("inf"):
+            deadline = time.monotonic() + GRACE_SECONDS
+        time.sleep(_POLL_SECONDS)
+    return fallen + [rank for rank, worker in enumerate(workers) if worker.poll() and rank not in fallen]
