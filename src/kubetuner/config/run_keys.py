@@ -15,6 +15,7 @@ Defaults are the sections' own. Where they differ from SimpleTuner's:
 
 from kubetuner.config import attention, precision
 from kubetuner.config.adapters import LOFTQ
+from kubetuner.config.compilation import COMPILATION_RULES
 from kubetuner.config.keys import Alias, Key, Rule, Schema, Unneeded, one_of
 from kubetuner.config.later_keys import FOREIGN, LATER, LATER_OPTIMIZERS
 from kubetuner.config.objective_keys import OBJECTIVE_RULES
@@ -183,6 +184,7 @@ RUN_SCHEMA = Schema(
         **FOREIGN,
         **MODEL_RULES,
         **TRAIN_RULES,
+        **COMPILATION_RULES,
         **OBJECTIVE_RULES,
         **EVALUATE_RULES,
         **PUBLISH_RULES,

@@ -1,5 +1,6 @@
 """The ``train`` step: from cached latents and text embeddings to a trained model."""
 
+import logging
 import math
 import os
 import statistics
@@ -28,14 +29,16 @@ from kubetuner.config.sections import TrainSection
 if TYPE_CHECKING:
     from kubetuner.tracking import Run
     from kubetuner.training.checkpoints import LossPoint
-    from kubetuner.training.loop import Job
+    from kubetuner.training.loop import Job, Outcome
+
+logger = logging.getLogger(__name__)
 
 _TRACKED_PARAMS = (
     "model_type", "layer_freeze_strategy", "max_train_steps", "num_train_epochs", "train_batch_size",
     "gradient_accumulation_steps", "mixed_precision", "base_model_precision", "optimizer", "learning_rate",
     "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "grad_clip_method", "caption_dropout_probability", "seed",
 )  # fmt: skip
-_TRACKED_GROUPS = ("loss", "noise", "timestep_bias", "flow", "ema")
+_TRACKED_GROUPS = ("loss", "noise", "timestep_bias", "flow", "ema", "compilation")
 
 
 def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[Path], out: Path) -> ModelArtifact:
@@ -70,6 +73,7 @@ def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[
     with track("train", _params(section)) as run:
         job = _job(section, latents, text_embeds)
         outcome = train_denoiser(job, checkpoints, run.log_metrics)
+        _conclude(job, outcome, run)
         uri = _save(job, out, run)
         write_rows(out, LOSSES_FILE, outcome.points)
         first, last = _ends(outcome.points)
@@ -84,6 +88,7 @@ def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[
             steps=outcome.steps,
             first_loss=first,
             last_loss=last,
+            peak_memory_bytes=outcome.peak_memory_bytes,
             mlflow_model_uri=uri,
             mlflow_run_id=run.run_id,
         )
@@ -99,6 +104,7 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
     from kubetuner.data.batches import Batches
     from kubetuner.families import load_family
     from kubetuner.families.loading import default_device
+    from kubetuner.families.text import PAD_TO, PAD_TO_COMPILED
     from kubetuner.training.denoiser import prepare_denoiser
     from kubetuner.training.loop import Job
     from kubetuner.training.objective import Objective
@@ -114,12 +120,35 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
     return Job(
         section=section,
         denoiser=prepare_denoiser(section, family, device),
-        objective=Objective(family, process, batches.null, section.seed, bf16, section.noise, regularising),
+        objective=Objective(
+            family,
+            process,
+            batches.null,
+            section.seed,
+            bf16,
+            section.noise,
+            regularising,
+            pad_text_to=PAD_TO if section.compilation is None else PAD_TO_COMPILED,
+        ),
         batches=batches,
         epochs=batches.epochs,
         total_steps=_total_steps(section, batches.batches_per_epoch),
         device=device,
     )
+
+
+def _conclude(job: "Job", outcome: "Outcome", run: "Run") -> None:
+    """Say and track what the whole of the training took."""
+    from kubetuner.training.memory import peak_memory_metric
+
+    name = peak_memory_metric(job.device)
+    metrics = {name: float(outcome.peak_memory_bytes)}
+    said = f"{outcome.peak_memory_bytes / 1e9:.2f} GB {name.removesuffix('_bytes').replace('_', ' ')}"
+    if outcome.graphs is not None:
+        metrics["compiled_graphs"] = outcome.graphs.made
+        said += f"; {outcome.graphs}"
+    run.log_metrics(metrics, outcome.steps)
+    logger.info("Trained to step %d: %s", outcome.steps, said)
 
 
 def _total_steps(section: TrainSection, batches_per_epoch: int) -> int:

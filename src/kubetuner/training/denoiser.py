@@ -20,6 +20,8 @@ def prepare_denoiser(section: TrainSection, family: Family, device: torch.device
     """
     denoiser = load_base(section, family, device)
     use_attention(denoiser, section.attention_mechanism, device)
+    if family.facts.channels_last and device.type == "cuda":
+        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if section.gradient_checkpointing:
         recompute_activations(denoiser, section.gradient_checkpointing_interval)
     if section.lora is not None:

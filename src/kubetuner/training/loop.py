@@ -8,6 +8,7 @@ number are all that a checkpoint needs, and a resumed run has the losses of an u
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,10 @@ from kubetuner.errors import TrainingError
 from kubetuner.progress import Progress
 from kubetuner.training.averages import Averages
 from kubetuner.training.checkpoints import Checkpoints, LossPoint, Snapshot
+from kubetuner.training.compilation import Graphs, compiled
 from kubetuner.training.feed import Feed
 from kubetuner.training.interruption import StopRequest, TerminatedError
+from kubetuner.training.memory import peak_memory
 from kubetuner.training.meter import Log, Meter
 from kubetuner.training.nonfinite import Guard
 from kubetuner.training.objective import BatchSource, Objective, Question
@@ -61,10 +64,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training went: optimizer steps taken and what was logged, from the first step on."""
+    """How training went.
+
+    Attributes:
+        steps: Optimizer steps taken.
+        points: What was logged, from the first step on.
+        peak_memory_bytes: See :func:`~kubetuner.training.memory.peak_memory`; of this process, not of earlier ones.
+        graphs: What torch.compile made; ``None`` without it.
+    """
 
     steps: int
     points: tuple[LossPoint, ...]
+    peak_memory_bytes: int
+    graphs: Graphs | None
 
 
 def train_denoiser(job: Job, checkpoints: Checkpoints, log: Log) -> Outcome:
@@ -83,11 +95,12 @@ def train_denoiser(job: Job, checkpoints: Checkpoints, log: Log) -> Outcome:
         StopRequest() as stop,
         Progress("train", job.total_steps, "steps", initial=start) as progress,
         Feed(job.question, steps, section.gradient_accumulation_steps, job.device) as feed,
+        compiled(job.denoiser, section.compilation, job.objective.family.facts.repeated_blocks) as graphs,
     ):
         guard = Guard(section, checkpoints.beside, feed.again)
         meter = Meter(section, guard, log, progress, points)
         for step in steps:
-            taken = _run_backwards(job, parameters, feed, step)
+            taken = _run_backwards(job, parameters, feed, step, graphs)
             if guard.skips(taken):
                 progress.advance(note="skipped")
             else:
@@ -106,7 +119,7 @@ def train_denoiser(job: Job, checkpoints: Checkpoints, log: Log) -> Outcome:
         raise TrainingError(f"none of the {job.total_steps} steps had a finite loss; see {checkpoints.beside}")
     if learner.averages is not None:
         learner.averages.export()
-    return Outcome(job.total_steps, tuple(meter.points))
+    return Outcome(job.total_steps, tuple(meter.points), peak_memory(job.device), graphs)
 
 
 @dataclass(frozen=True)
@@ -136,7 +149,7 @@ def _learner(job: Job) -> _Learner:
     return _Learner(parameters, make_optimizer(job.section, list(parameters.values())), averages)
 
 
-def _run_backwards(job: Job, parameters: list[nn.Parameter], feed: Feed, step: int) -> TakenStep:
+def _run_backwards(job: Job, parameters: list[nn.Parameter], feed: Feed, step: int, graphs: Graphs | None) -> TakenStep:
     """Gradients of one optimizer step, clipped."""
     section, micro_steps = job.section, job.section.gradient_accumulation_steps
     samples: list[str] = []
@@ -145,8 +158,9 @@ def _run_backwards(job: Job, parameters: list[nn.Parameter], feed: Feed, step: i
     for micro in range(micro_steps):
         question = feed.next()
         seed_dropout(section.seed, step, micro)
-        loss = job.objective.losses(job.denoiser, question)
-        (loss.mean() / micro_steps).backward()  # type: ignore[no-untyped-call]
+        with nullcontext() if graphs is None else graphs.allowing(question):
+            loss = job.objective.losses(job.denoiser, question)
+            (loss.mean() / micro_steps).backward()  # type: ignore[no-untyped-call]
         samples.extend(question.samples)
         regularising.extend([question.regularising] * len(question.samples))
         losses.append(loss.detach())

@@ -13,6 +13,7 @@ from kubetuner.config.objective import NoiseSettings
 from kubetuner.diffusion.process import NoiseProcess, NoisySample
 from kubetuner.families.base import Family, Named
 from kubetuner.families.lora import without_adapter
+from kubetuner.families.text import PAD_TO
 from kubetuner.training.noise import draw_noise
 from kubetuner.training.randomness import generator
 
@@ -85,6 +86,7 @@ class Objective:
         seed: Seed of noise and noise levels.
         noise: Changes to the noise.
         regularising: Ids of the datasets whose target is the base model's own prediction.
+        pad_text_to: Padded texts have a multiple of so many tokens.
     """
 
     family: Family
@@ -94,6 +96,7 @@ class Objective:
     mixed_precision: bool
     noise: NoiseSettings = NoiseSettings()
     regularising: frozenset[str] = frozenset()
+    pad_text_to: int = PAD_TO
 
     def question(self, batch: Batch, step: int, micro: int) -> Question:
         """Draw noise and levels for ``batch`` and noise it, on the CPU."""
@@ -103,7 +106,7 @@ class Objective:
         noisy = self.process.add_noise(latents, noise.target, levels)
         if noise.input is not noise.target:
             noisy = replace(noisy, noisy_latents=self.process.add_noise(latents, noise.input, levels).noisy_latents)
-        conditioning = self.family.collate(batch.texts, self.null, batch.rows)
+        conditioning = self.family.collate(batch.texts, self.null, batch.rows, self.pad_text_to)
         names = tuple(row.sample for row in batch.rows)
         regularising = batch.rows[0].dataset in self.regularising
         return Question(names, noisy, conditioning, regularising)
