@@ -208,7 +208,6 @@ class ModelArtifact(Artifact):
         steps: Optimizer steps taken.
         first_loss: Mean training loss over the first tenth of the logged steps.
         last_loss: Mean training loss over the last tenth of the logged steps.
-        peak_memory_bytes: Most memory training held, of the GPU if it ran on one, else of the process; 0 if unknown.
         mlflow_model_uri: ``models:/<id>`` when the model was tracked, else empty.
         mlflow_run_id: The train step's MLflow run, else empty.
     """
@@ -221,7 +220,6 @@ class ModelArtifact(Artifact):
     steps: int
     first_loss: float
     last_loss: float
-    peak_memory_bytes: int = 0
     mlflow_model_uri: str = ""
     mlflow_run_id: str = ""
 

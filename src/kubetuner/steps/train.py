@@ -88,7 +88,6 @@ def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[
             steps=outcome.steps,
             first_loss=first,
             last_loss=last,
-            peak_memory_bytes=outcome.peak_memory_bytes,
             mlflow_model_uri=uri,
             mlflow_run_id=run.run_id,
         )
