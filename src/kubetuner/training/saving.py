@@ -22,7 +22,6 @@ def save_pipeline(job: Job, out: Path) -> Path:
     final, temporary = out / PIPELINE_FOLDER, out / f".{PIPELINE_FOLDER}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     job.denoiser.eval()
-    job.denoiser.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # As files hold it.
     cpu = torch.device("cpu")  # Text encoders and VAE are only copied: they need no place on the GPU.
     pipeline = job.objective.family.load_pipeline(job.section.model, job.denoiser, cpu)
     pipeline.save_pretrained(temporary, safe_serialization=True)
