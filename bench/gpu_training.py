@@ -12,6 +12,7 @@ do is measured in the same run. A variant is one or more of these, joined by ``+
 
 Run ``PYTHONPATH=src:. python -m bench.gpu_training [--cases sdxl-lora-1024,sana-full-512] [--batches 1,8]
 [--variants ours,compiled,compiled+native-cudnn] [--steps 20]``; ``--smoke`` does it all with tiny models, on a CPU too.
+``--count`` only prints the operations of each case and needs no GPU.
 """
 
 import os
@@ -24,7 +25,7 @@ import gc
 import logging
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -86,14 +87,18 @@ def main() -> None:
     parser.add_argument("--batches", default="1,4,16")
     parser.add_argument("--variants", default=VARIANTS)
     parser.add_argument("--steps", type=int, default=20, help="measured steps, after three to warm up")
+    parser.add_argument("--count", action="store_true", help="the operations of each case alone")
     parser.add_argument("--smoke", action="store_true", help="tiny models, two steps: shows that the script works")
     arguments = parser.parse_args()
     logging.disable(logging.INFO)
     device = default_device()
-    if device.type != "cuda" and not arguments.smoke:
-        raise SystemExit("there is no GPU here; --smoke runs tiny models on the CPU")
-    torch.set_float32_matmul_precision("high")
     cases = [_case(name, arguments.smoke) for name in arguments.cases.split(",")]
+    if arguments.count:
+        print(counted_table(cases))
+        return
+    if device.type != "cuda" and not arguments.smoke:
+        raise SystemExit("there is no GPU here; --smoke runs tiny models on the CPU, --count counts operations")
+    torch.set_float32_matmul_precision("high")
     batches = [int(text) for text in arguments.batches.split(",")]
     variants = arguments.variants.split(",")
     if unknown := {part for variant in variants for part in variant.split("+")} - SWITCHES:
@@ -110,6 +115,18 @@ def main() -> None:
                 for variant in variants:
                     row = measure(Run(case, batch, variant), counted, rate, steps, Path(scratch), device)
                     print("| " + " | ".join(row) + " |", flush=True)
+
+
+def counted_table(cases: Sequence[Case]) -> str:
+    """Operations of a picture's training step, and pictures a second at 100 TFLOP/s."""
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        write_schedulers(Path(scratch))
+        for case in cases:
+            counted = count(case, Path(scratch) / case.family)
+            sizes = (counted.parameters / 1e6, counted.forward / 1e12, counted.whole / 1e12, 1e14 / counted.whole)
+            rows.append([str(case), *(f"{size:,.{digits}f}" for size, digits in zip(sizes, (0, 2, 2, 1), strict=True))])
+    return table(("case", "million weights", "TFLOP forward", "TFLOP a step", "images/s per 100 TFLOP/s"), rows)
 
 
 def measure(run: Run, counted: Counted, rate: float, steps: int, scratch: Path, device: torch.device) -> list[str]:

@@ -168,7 +168,8 @@ def _conv_backward(
     torch's own formula leaves the groups out of the weights' gradient, and a depthwise convolution has one per channel.
     """
     transposed, wanted = rest[4], rest[7]
-    return (wanted[0] + wanted[1]) * int(conv_flop_count(x_shape, w_shape, grad_shape, transposed=transposed))
+    once: int = conv_flop_count(list(x_shape), list(w_shape), list(grad_shape), transposed=transposed)
+    return once * (int(wanted[0]) + int(wanted[1]))
 
 
 def _denoiser_class(family: FamilyName) -> Any:
