@@ -68,6 +68,9 @@ def read_compilation(values: Values, where: str, problems: list[Problem]) -> Com
         refuse("dynamo_mode", f"has no effect with dynamo_backend {backend}, which writes no kernels; remove it.")
     if values.flag("dynamo_dynamic") and backend == "inductor" and family == "sana":
         refuse("dynamo_dynamic", "is true, but inductor fails on Sana's blocks without known shapes; set it to false.")
+    if (precision := values.text("base_model_precision", "no_change")) != "no_change":
+        message = f"is {backend!r}; compiling over base_model_precision {precision!r} is not available yet; use 'no'."
+        refuse("dynamo_backend", message)
     return CompileSettings.model_validate(
         {
             "backend": backend,

@@ -104,11 +104,13 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
     from kubetuner.families import load_family
     from kubetuner.families.loading import default_device
     from kubetuner.families.text import PAD_TO, PAD_TO_COMPILED
+    from kubetuner.training.compilation import require_compiler
     from kubetuner.training.denoiser import prepare_denoiser
     from kubetuner.training.loop import Job
     from kubetuner.training.objective import Objective
 
     device = default_device()
+    require_compiler(section.compilation, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     family = load_family(section.model.family)

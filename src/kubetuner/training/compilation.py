@@ -78,14 +78,10 @@ def compiled(denoiser: nn.Module, settings: CompileSettings | None, blocks: Sequ
         denoiser: On its device, with its adapter.
         settings: ``None`` leaves it as it is and yields ``None``.
         blocks: Class names of the repeated blocks.
-
-    Raises:
-        InputError: inductor's compiler is missing.
     """
     if settings is None:
         yield None
         return
-    _require_compiler(settings, denoiser)
     parts = [part for part in denoiser.modules() if type(part).__name__ in blocks] if settings.regional else [denoiser]
     arguments: dict[str, Any] = {"backend": settings.backend, "fullgraph": settings.fullgraph}
     if settings.mode != "default":
@@ -102,13 +98,20 @@ def compiled(denoiser: nn.Module, settings: CompileSettings | None, blocks: Sequ
             del part.__dict__["forward"]
 
 
-def _require_compiler(settings: CompileSettings, denoiser: nn.Module) -> None:
+def require_compiler(settings: CompileSettings | None, device: torch.device) -> None:
+    """Refuse early what would fail in the first step.
+
+    Raises:
+        InputError: inductor is asked for, and its compiler is missing.
+    """
+    if settings is None or settings.backend != "inductor":
+        return
     if compiler := missing_compiler(settings):
         raise InputError(
             f"dynamo_backend: inductor needs a C++ compiler, and {compiler} is not installed; install it (in an image "
             "of Debian's: g++), name another one in the environment variable CXX, or use 'no'."
         )
-    if next(denoiser.parameters()).is_cuda and not _has_triton():
+    if device.type == "cuda" and not _has_triton():
         raise InputError(
             "dynamo_backend: inductor needs Triton to write kernels for the GPU, and it cannot be used here; "
             "install the package triton for a GPU of compute capability 7.0 or above, or use 'no'."

@@ -44,6 +44,11 @@ def test_the_keys_are_read(config, expected) -> None:
             "dynamo_dynamic",
             "fails on Sana's blocks",
         ),
+        (
+            {"dynamo_backend": "eager", "model_type": "lora", "base_model_precision": "nf4-bnb"},
+            "dynamo_backend",
+            "over base_model_precision 'nf4-bnb' is not available yet",
+        ),
     ],
 )
 def test_what_would_not_work_is_refused(config, key, message) -> None:

@@ -2,6 +2,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,15 @@ def test_kernel_and_recomputed_blocks_reach_the_network(tmp_path: Path) -> None:
     assert changed.last_loss == pytest.approx(plain.last_loss, rel=1e-4)
     with pytest.raises(InputError, match="NVIDIA GPU"):
         train(_section(tmp_path, "sdxl", attention_mechanism="native-cudnn"), *caches, tmp_path / "gpu")
+
+
+def test_a_missing_compiler_is_found_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    caches = _caches(tmp_path, "sana")
+    section = _section(tmp_path, "sana", compilation=CompileSettings(backend="inductor"))
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(InputError, match="no-such-compiler is not installed"):
+        train(section, *caches, tmp_path / "out")
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

@@ -15,11 +15,11 @@ from kubetuner.config.objective import EmaSettings
 from kubetuner.errors import InputError
 from kubetuner.families.text import PAD_TO_COMPILED
 from kubetuner.training.checkpoints import Checkpoints
-from kubetuner.training.compilation import Graphs, compiled
+from kubetuner.training.compilation import Graphs, compiled, require_compiler
 from kubetuner.training.interruption import TerminatedError
 from kubetuner.training.loop import Job, train_denoiser
 from kubetuner.training.saving import save_adapter, save_pipeline
-from tests.unit.training.conftest import RandomBatch, RandomBatches, Setup
+from tests.unit.training.conftest import CPU, RandomBatch, RandomBatches, Setup
 from tests.unit.training.test_loop import terminate_at
 from tests.unit.training.test_regularisation import spoil
 
@@ -167,11 +167,11 @@ def test_a_failure_leaves_the_denoiser_uncompiled(setup: Setup) -> None:
     assert not any("forward" in vars(module) for module in job.denoiser.modules())
 
 
-def test_a_missing_compiler_is_named(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    job = setup.job("sana", RandomBatches("sana"), compilation=CompileSettings(backend="inductor"))
+    require_compiler(AOT, CPU)
     with pytest.raises(InputError, match=r"needs a C[+][+] compiler, and no-such-compiler is not installed"):
-        train(job, tmp_path)
+        require_compiler(INDUCTOR, CPU)
 
 
 @pytest.mark.skipif(bool(missing_compiler(INDUCTOR)), reason="no C++ compiler")
