@@ -8,6 +8,7 @@ from pathlib import Path
 from kubetuner.config.adapters import LORA_KEYS, read_adapter
 from kubetuner.config.attention import HALF_ONLY, WITHOUT_MASKS
 from kubetuner.config.build_objective import ObjectiveReader
+from kubetuner.config.compilation import read_compilation
 from kubetuner.config.data import Data
 from kubetuner.config.distribution_keys import check_fsdp, read_fsdp
 from kubetuner.config.keys import Values
@@ -210,6 +211,7 @@ def _train(base: Base, data: Data, where: str, cwd: Path, problems: list[Problem
             "num_train_epochs": epochs,
             "flow": base.flow,
             "fsdp": read_fsdp(values, where, problems),
+            "compilation": read_compilation(values, where, problems),
             **values.pick(*_TRAIN_KEYS),
             **_optimizer(base, where, problems),
             **base.objective.train_fields(),

@@ -77,7 +77,6 @@ LATER: dict[str, Rule] = {
     "push_to_hub_background": Later("uploading in the background is", (False,)),
     "publishing_config": Later("publishing anywhere but on the hub is"),
     "webhook_config": Later("webhooks are"),
-    "dynamo_backend": Later("torch.compile is", ("no",)),
     "musubi_blocks_to_swap": Later("swapping of blocks is", (0,)),
     "enable_group_offload": Later("offloading is", (False,)),
     "controlnet": Later("ControlNet training is", (False,)),

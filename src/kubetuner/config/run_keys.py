@@ -15,6 +15,7 @@ Defaults are the sections' own. Where they differ from SimpleTuner's:
 
 from kubetuner.config import attention, precision
 from kubetuner.config.adapters import LOFTQ
+from kubetuner.config.compilation import COMPILATION_RULES
 from kubetuner.config.distribution_keys import DISTRIBUTION_RULES
 from kubetuner.config.keys import Alias, Key, Rule, Schema, Unneeded, one_of
 from kubetuner.config.later_keys import FOREIGN, LATER, LATER_OPTIMIZERS
@@ -197,6 +198,7 @@ RUN_SCHEMA = Schema(
         **MODEL_RULES,
         **TRAIN_RULES,
         **DISTRIBUTION_RULES,
+        **COMPILATION_RULES,
         **OBJECTIVE_RULES,
         **EVALUATE_RULES,
         **PUBLISH_RULES,

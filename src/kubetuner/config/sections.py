@@ -11,6 +11,7 @@ from pydantic import Field
 
 from kubetuner.config.adapter_sections import LoraSettings
 from kubetuner.config.caption_sections import DatasetCaptions
+from kubetuner.config.compilation import CompileSettings
 from kubetuner.config.distribution import FsdpSettings
 from kubetuner.config.objective import (
     EmaSettings,
@@ -197,6 +198,7 @@ class TrainSection(Section):
         layer_freeze_strategy: ``bitfit`` trains the biases only (``model_type: full``).
         gradient_checkpointing_interval: Every n-th block's activations are computed again instead of being kept.
         attention_mechanism: Kernel of softmax attention; see :mod:`kubetuner.config.attention`.
+        compilation: ``None`` without ``dynamo_backend``.
         base_model_precision: How the frozen base's linear layers are stored; see :mod:`kubetuner.config.precision`.
         max_train_steps: Optimizer steps; exactly one of this and ``num_train_epochs`` is above 0.
         grad_clip_method: ``norm`` or ``value``; ``max_grad_norm`` 0 turns clipping off.
@@ -235,6 +237,7 @@ class TrainSection(Section):
     gradient_checkpointing: bool = True
     gradient_checkpointing_interval: int = 1
     attention_mechanism: str = "diffusers"
+    compilation: CompileSettings | None = None
     base_model_precision: str = "no_change"
     mixed_precision: Literal["no", "bf16"] = "bf16"
     optimizer: OptimizerName = "torch-adamw"

@@ -17,6 +17,7 @@ from kubetuner.config.adapter_sections import LoraSettings
 from kubetuner.config.objective import ProcessSettings
 from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRef
 from kubetuner.diffusion.process import NoiseProcess
+from kubetuner.families.text import PAD_TO
 
 Named = dict[str, Tensor]
 
@@ -34,6 +35,8 @@ class FamilyFacts:
         trims_text: Whether cached sequences are trimmed to their mask (not for CLIP).
         license: Hub licence id for the model card.
         pipeline: diffusers class name of the pipeline, for cards and messages.
+        repeated_blocks: Class names of the blocks that the denoiser consists of for the most part: what is compiled.
+        channels_last: Whether the denoiser's convolutions want channels last on a GPU; see docs/performance.md.
     """
 
     name: str
@@ -44,6 +47,8 @@ class FamilyFacts:
     trims_text: bool
     license: str
     pipeline: str
+    repeated_blocks: tuple[str, ...]
+    channels_last: bool
 
 
 class Family(Protocol):
@@ -86,10 +91,13 @@ class Family(Protocol):
         """The training noise process, from the base's scheduler config as ``ref.scheduler`` changes it."""
         ...
 
-    def collate(self, texts: Sequence[Named | None], null: Named, rows: Sequence[LatentRow]) -> Named:
+    def collate(
+        self, texts: Sequence[Named | None], null: Named, rows: Sequence[LatentRow], pad_to: int = PAD_TO
+    ) -> Named:
         """Batched conditioning, float32 on CPU.
 
-        ``None`` marks a dropped caption; ``null`` is what :meth:`encode_texts` gives for the empty text.
+        ``None`` marks a dropped caption; ``null`` is what :meth:`encode_texts` gives for the empty text. Texts of
+        different lengths are padded to a multiple of ``pad_to`` tokens.
         """
         ...
 

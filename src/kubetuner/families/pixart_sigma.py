@@ -17,7 +17,7 @@ from kubetuner.families.adapters import Adapters
 from kubetuner.families.autoencoders import KlLatents
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
-from kubetuner.families.text import TextEncoder, encode_at_length, pad_together
+from kubetuner.families.text import PAD_TO, TextEncoder, encode_at_length, pad_together
 
 MAX_TOKENS = 300
 
@@ -34,6 +34,8 @@ class PixArtSigma(KlLatents, Adapters):
         trims_text=True,
         license="openrail++",
         pipeline="PixArtSigmaPipeline",
+        repeated_blocks=("BasicTransformerBlock",),
+        channels_last=False,
     )
 
     def load_text_encoders(self, ref: ModelRef, device: torch.device) -> TextEncoder:
@@ -60,9 +62,11 @@ class PixArtSigma(KlLatents, Adapters):
         """Epsilon (or v) over the base's betas; ``settings.flow`` does not apply."""
         return noise.epsilon_process(ref, settings)
 
-    def collate(self, texts: Sequence[Named | None], null: Named, rows: Sequence[LatentRow]) -> Named:
+    def collate(
+        self, texts: Sequence[Named | None], null: Named, rows: Sequence[LatentRow], pad_to: int = PAD_TO
+    ) -> Named:
         """Padded text and its mask; the picture sizes (height, width), which only some PixArt models read."""
-        states, mask = pad_together([(null if text is None else text)["embeds"] for text in texts])
+        states, mask = pad_together([(null if text is None else text)["embeds"] for text in texts], pad_to)
         sizes = torch.tensor([[row.target_size[1], row.target_size[0]] for row in rows], dtype=torch.float32)
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask, "resolution": sizes}
 

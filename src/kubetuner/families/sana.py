@@ -14,7 +14,7 @@ from kubetuner.families import loading, noise
 from kubetuner.families.adapters import Adapters
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
-from kubetuner.families.text import TextEncoder, encode_at_length, pad_together
+from kubetuner.families.text import PAD_TO, TextEncoder, encode_at_length, pad_together
 
 MAX_TOKENS = 300
 
@@ -31,6 +31,8 @@ class Sana(Adapters):
         trims_text=True,
         license="other",
         pipeline="SanaPipeline",
+        repeated_blocks=("SanaTransformerBlock",),
+        channels_last=False,
     )
 
     def load_vae(self, ref: ModelRef, device: torch.device) -> nn.Module:
@@ -92,9 +94,11 @@ class Sana(Adapters):
         patch = loading.load_config(SanaTransformer2DModel, ref, self.facts.denoiser)["patch_size"]
         return FlowProcess(settings.flow, noise.auto_shift(ref, patch), settings.loss)
 
-    def collate(self, texts: Sequence[Named | None], null: Named, rows: Sequence[LatentRow]) -> Named:
+    def collate(
+        self, texts: Sequence[Named | None], null: Named, rows: Sequence[LatentRow], pad_to: int = PAD_TO
+    ) -> Named:
         """Padded text and its mask."""
-        states, mask = pad_together([(null if text is None else text)["embeds"] for text in texts])
+        states, mask = pad_together([(null if text is None else text)["embeds"] for text in texts], pad_to)
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
     def predict(self, denoiser: Any, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from kubetuner.families.adapters import Adapters
 from kubetuner.families.autoencoders import KlLatents
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
-from kubetuner.families.text import TextEncoder, in_batches
+from kubetuner.families.text import PAD_TO, TextEncoder, in_batches
 
 MAX_TOKENS = 77
 
@@ -48,6 +48,8 @@ class Sdxl(KlLatents, Adapters):
         trims_text=False,
         license="openrail++",
         pipeline="StableDiffusionXLPipeline",
+        repeated_blocks=("BasicTransformerBlock",),
+        channels_last=True,
     )
 
     def load_text_encoders(self, ref: ModelRef, device: torch.device) -> SdxlTextEncoders:
@@ -85,8 +87,13 @@ class Sdxl(KlLatents, Adapters):
         """Epsilon (or v) over the base's betas; ``settings.flow`` does not apply."""
         return noise.epsilon_process(ref, settings)
 
-    def collate(self, texts: Sequence[Named | None], null: Named, rows: Sequence[LatentRow]) -> Named:
-        """Text, pooled text and time ids; a dropped caption has zero time ids too."""
+    def collate(
+        self, texts: Sequence[Named | None], null: Named, rows: Sequence[LatentRow], pad_to: int = PAD_TO
+    ) -> Named:
+        """Text, pooled text and time ids; a dropped caption has zero time ids too.
+
+        ``pad_to`` does not apply: every text has CLIP's 77 tokens.
+        """
         chosen = [null if text is None else text for text in texts]
         ids = [[0.0] * 6 if text is None else _time_ids(row) for text, row in zip(texts, rows, strict=True)]
         return {

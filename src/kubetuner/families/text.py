@@ -15,6 +15,8 @@ from torch import Tensor, nn
 ItemT = TypeVar("ItemT")
 
 PAD_TO = 8
+PAD_TO_COMPILED = 64
+"""Of a compiled denoiser: 300 tokens have 5 lengths then instead of 38, and each is compiled for itself."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,10 @@ def encode_at_length(encoder: TextEncoder, texts: Sequence[str], max_length: int
     return [states[place] for place in range(len(ids))]
 
 
-def pad_together(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Float32 ``[B, L, D]`` of padded ``[tokens, D]`` sequences and the mask ``[B, L]``; L is a multiple of 8."""
+def pad_together(sequences: Sequence[Tensor], pad_to: int = PAD_TO) -> tuple[Tensor, Tensor]:
+    """Float32 ``[B, L, D]`` of padded ``[tokens, D]`` sequences and the mask ``[B, L]``; ``pad_to`` divides L."""
     longest = max(len(sequence) for sequence in sequences)
-    length = -(-longest // PAD_TO) * PAD_TO
+    length = -(-longest // pad_to) * pad_to
     states = torch.zeros(len(sequences), length, sequences[0].shape[-1])
     mask = torch.zeros(len(sequences), length)
     for row, sequence in enumerate(sequences):

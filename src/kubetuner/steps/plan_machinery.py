@@ -3,13 +3,14 @@
 from importlib.util import find_spec
 
 from kubetuner.config.attention import PACKAGES, is_installed
+from kubetuner.config.compilation import missing_compiler
 from kubetuner.config.precision import missing_library
 from kubetuner.config.sections import TrainSection
 from kubetuner.errors import Problem
 
 
 def library_problems(train: TrainSection) -> list[Problem]:
-    """Libraries that training will miss. Where there is no torch, training will run elsewhere and cannot be asked."""
+    """What training will miss here. Where there is no torch, it will run elsewhere, and that place cannot be asked."""
     if find_spec("torch") is None:
         return []
     problems = []
@@ -26,4 +27,10 @@ def library_problems(train: TrainSection) -> list[Problem]:
             "install kubetuner[quantised], or use 'no_change'."
         )
         problems.append(Problem("config.json.base_model_precision", message))
+    if compiler := missing_compiler(train.compilation):
+        message = (
+            f"is 'inductor', which needs a C++ compiler, and {compiler} is not installed; "
+            "install it, name another one in the environment variable CXX, or use 'no'."
+        )
+        problems.append(Problem("config.json.dynamo_backend", message))
     return problems

@@ -41,7 +41,7 @@ _TRACKED_PARAMS = (
     "gradient_accumulation_steps", "mixed_precision", "base_model_precision", "optimizer", "learning_rate",
     "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "grad_clip_method", "caption_dropout_probability", "seed",
 )  # fmt: skip
-_TRACKED_GROUPS = ("loss", "noise", "timestep_bias", "flow", "rollout", "ema", "fsdp")
+_TRACKED_GROUPS = ("loss", "noise", "timestep_bias", "flow", "rollout", "ema", "fsdp", "compilation")
 
 
 def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[Path], out: Path) -> ModelArtifact:
@@ -140,6 +140,7 @@ def _checkpoints(section: TrainSection, parents: Sequence[str], out: Path, proce
 
 def _write(job: "Job", outcome: "Outcome", out: Path, run: "Run", key: str, parents: Sequence[str]) -> ModelArtifact:
     """Put the model and its losses into ``out`` and describe them."""
+    _conclude(job, outcome, run)
     uri = _save(job, out, run)
     write_rows(out, LOSSES_FILE, outcome.points)
     first, last = _ends(outcome.points)
@@ -168,11 +169,14 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
     from kubetuner.data.batches import Batches
     from kubetuner.families import load_family
     from kubetuner.families.loading import default_device
+    from kubetuner.families.text import PAD_TO, PAD_TO_COMPILED
+    from kubetuner.training.compilation import require_compiler
     from kubetuner.training.denoiser import prepare_denoiser
     from kubetuner.training.loop import Job
     from kubetuner.training.objective import Objective
 
     device = default_device()
+    require_compiler(section.compilation, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     family = load_family(section.model.family)
@@ -194,6 +198,7 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
             masked=section.masked_loss_probability,
             rollout=section.rollout,
             micro_steps=section.gradient_accumulation_steps * processes.count,
+            pad_text_to=PAD_TO if section.compilation is None else PAD_TO_COMPILED,
         ),
         batches=batches,
         epochs=batches.epochs,
@@ -201,6 +206,20 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
         device=device,
         processes=processes,
     )
+
+
+def _conclude(job: "Job", outcome: "Outcome", run: "Run") -> None:
+    """Say and track what the whole of the training took."""
+    from kubetuner.training.memory import peak_memory_metric
+
+    name = peak_memory_metric(job.device)
+    metrics = {name: float(outcome.peak_memory_bytes)}
+    said = f"{outcome.peak_memory_bytes / 1e9:.2f} GB {name.removesuffix('_bytes').replace('_', ' ')}"
+    if outcome.graphs is not None:
+        metrics["compiled_graphs"] = outcome.graphs.made
+        said += f"; {outcome.graphs}"
+    run.log_metrics(metrics, outcome.steps)
+    logger.info("Trained to step %d: %s", outcome.steps, said)
 
 
 def _total_steps(section: TrainSection, batches_per_epoch: int, processes: int) -> int:

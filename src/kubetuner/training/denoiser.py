@@ -18,8 +18,14 @@ def prepare_denoiser(section: TrainSection, family: Family, device: torch.device
     Raises:
         InputError: The adapter does not fit the network, BitFit finds no bias, or the attention needs something else.
     """
-    denoiser = load_base(section, family, device)
+    return make_trainable(load_base(section, family, device), section, family, device)
+
+
+def make_trainable(denoiser: nn.Module, section: TrainSection, family: Family, device: torch.device) -> nn.Module:
+    """The loaded network as :func:`prepare_denoiser` gives it."""
     use_attention(denoiser, section.attention_mechanism, device)
+    if family.facts.channels_last and device.type == "cuda":
+        denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if section.gradient_checkpointing:
         recompute_activations(denoiser, section.gradient_checkpointing_interval)
     if section.lora is not None:

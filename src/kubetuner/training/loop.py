@@ -9,6 +9,7 @@ processes share the micro-steps of a step (:mod:`kubetuner.training.processes`).
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,10 @@ from kubetuner.errors import TrainingError
 from kubetuner.progress import Progress
 from kubetuner.training.averages import Averages
 from kubetuner.training.checkpoints import Checkpoints, LossPoint, Snapshot
+from kubetuner.training.compilation import Graphs, compiled
 from kubetuner.training.feed import Feed
 from kubetuner.training.interruption import StopRequest, TerminatedError
+from kubetuner.training.memory import peak_memory
 from kubetuner.training.meter import Log, Meter
 from kubetuner.training.nonfinite import Guard
 from kubetuner.training.objective import BatchSource, Objective, Question
@@ -66,10 +69,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training went: optimizer steps taken and what was logged, from the first step on."""
+    """How training went.
+
+    Attributes:
+        steps: Optimizer steps taken.
+        points: What was logged, from the first step on.
+        peak_memory_bytes: See :func:`~kubetuner.training.memory.peak_memory`; of this process, not of earlier ones.
+        graphs: What torch.compile made; ``None`` without it.
+    """
 
     steps: int
     points: tuple[LossPoint, ...]
+    peak_memory_bytes: int
+    graphs: Graphs | None
 
 
 def train_denoiser(job: Job, checkpoints: Checkpoints, log: Log) -> Outcome:
@@ -80,7 +92,6 @@ def train_denoiser(job: Job, checkpoints: Checkpoints, log: Log) -> Outcome:
         TerminatedError: SIGTERM arrived, in whichever process; a checkpoint was saved.
     """
     section, processes = job.section, job.processes
-    network = processes.network(job.denoiser)
     learner = _learner(job)
     start, points = _resume(job, learner, checkpoints)
     steps, micro_steps = range(start, job.total_steps), processes.micro_steps(section.gradient_accumulation_steps)
@@ -89,11 +100,12 @@ def train_denoiser(job: Job, checkpoints: Checkpoints, log: Log) -> Outcome:
         StopRequest() as stop,
         Progress("train", job.total_steps, "steps", initial=start, quiet=not processes.first) as progress,
         Feed(job.question, steps, micro_steps, job.device) as feed,
+        compiled(job.denoiser, section.compilation, job.objective.family.facts.repeated_blocks) as graphs,
     ):
         guard = Guard(section, checkpoints.beside, feed.again, processes)
         meter = Meter(section, guard, log, progress, points)
         for step in steps:
-            taken = _run_backwards(job, network, learner, feed, step)
+            taken = _run_backwards(job, learner, feed, step, graphs)
             if guard.skips(taken):
                 progress.advance(note="skipped")
             else:
@@ -113,13 +125,20 @@ def train_denoiser(job: Job, checkpoints: Checkpoints, log: Log) -> Outcome:
         raise TrainingError(f"none of the {job.total_steps} steps had a finite loss; see {checkpoints.beside}")
     if learner.averages is not None:
         learner.averages.export()
-    return Outcome(job.total_steps, tuple(meter.points))
+    return Outcome(job.total_steps, tuple(meter.points), peak_memory(job.device), graphs)
 
 
 @dataclass(frozen=True)
 class _Learner:
-    """What a step changes: the parameters, the optimizer's state, and the averages if this process keeps any."""
+    """What a step asks and changes.
 
+    Attributes:
+        network: The denoiser as the processes share it.
+        parameters: Those that are trained, by name.
+        averages: Theirs, if this process keeps any.
+    """
+
+    network: nn.Module
     parameters: dict[str, nn.Parameter]
     optimizer: Optimizer
     averages: Averages | None
@@ -140,14 +159,15 @@ class _Learner:
 
 
 def _learner(job: Job) -> _Learner:
-    parameters, processes = job.trained(), job.processes
-    averages = None
+    processes = job.processes
+    network = processes.network(job.denoiser)
+    parameters, averages = job.trained(), None  # Sharding puts others in their place, so they are taken after it.
     if job.section.ema is not None and (processes.first or processes.sharded):
         averages = Averages(job.section.ema, parameters)
-    return _Learner(parameters, make_optimizer(job.section, list(parameters.values())), averages)
+    return _Learner(network, parameters, make_optimizer(job.section, list(parameters.values())), averages)
 
 
-def _run_backwards(job: Job, network: nn.Module, learner: _Learner, feed: Feed, step: int) -> TakenStep:
+def _run_backwards(job: Job, learner: _Learner, feed: Feed, step: int, graphs: Graphs | None) -> TakenStep:
     """Gradients of one optimizer step, clipped."""
     section, processes = job.section, job.processes
     micro_steps = processes.micro_steps(section.gradient_accumulation_steps)
@@ -157,8 +177,9 @@ def _run_backwards(job: Job, network: nn.Module, learner: _Learner, feed: Feed, 
     for micro in micro_steps:
         question = feed.next()
         seed_dropout(section.seed, step, micro)
-        with processes.accumulating(network, micro == micro_steps[-1]):
-            loss = job.objective.losses(network, question)
+        compiling = nullcontext() if graphs is None else graphs.allowing(question)
+        with compiling, processes.accumulating(learner.network, micro == micro_steps[-1]):
+            loss = job.objective.losses(learner.network, question)
             (loss.mean() / len(micro_steps)).backward()  # type: ignore[no-untyped-call]
         samples.extend(question.samples)
         regularising.extend([question.regularising] * len(question.samples))

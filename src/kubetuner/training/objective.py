@@ -14,6 +14,7 @@ from kubetuner.diffusion.process import NoiseProcess, NoisySample
 from kubetuner.diffusion.rollout import Departure, depart
 from kubetuner.families.base import Family, Named
 from kubetuner.families.lora import without_adapter
+from kubetuner.families.text import PAD_TO
 from kubetuner.training.masks import draw_masks
 from kubetuner.training.noise import draw_noise
 from kubetuner.training.randomness import generator
@@ -109,6 +110,7 @@ class Objective:
         masked: How likely a sample's mask is used (``masked_loss_probability``), 0..1.
         rollout: Which samples' noisy latents the model draws itself; ``None`` for none.
         micro_steps: Micro-steps of an optimizer step.
+        pad_text_to: Padded texts have a multiple of so many tokens.
     """
 
     family: Family
@@ -121,6 +123,7 @@ class Objective:
     masked: float = 1.0
     rollout: RolloutSettings | None = None
     micro_steps: int = 1
+    pad_text_to: int = PAD_TO
 
     def question(self, batch: Batch, step: int, micro: int) -> Question:
         """Draw noise and levels for ``batch`` and noise it, on the CPU."""
@@ -133,7 +136,7 @@ class Objective:
             noisy = replace(noisy, noisy_latents=self.process.add_noise(latents, noise.input, levels).noisy_latents)
         if batch.masks is not None:
             noisy = replace(noisy, emphasis=draw_masks(self.masked, batch.masks, self.seed, step, micro))
-        conditioning = self.family.collate(batch.texts, self.null, batch.rows)
+        conditioning = self.family.collate(batch.texts, self.null, batch.rows, self.pad_text_to)
         names = tuple(row.sample for row in batch.rows)
         regularising = batch.rows[0].dataset in self.regularising
         question = Question(names, noisy, conditioning, regularising)

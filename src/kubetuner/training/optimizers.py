@@ -27,7 +27,7 @@ def make_optimizer(section: TrainSection, parameters: Sequence[nn.Parameter]) ->
     settings = _settings(section)
     match section.optimizer:
         case "torch-adamw":
-            return AdamW(parameters, **settings, fused=True)
+            return AdamW(parameters, **{"fused": True, **settings})
         case "torch-adafactor":
             return Adafactor(parameters, **settings)
         case "prodigy":

@@ -3,6 +3,7 @@ import os
 import pytest
 from PIL import Image
 
+from kubetuner.config.compilation import CompileSettings
 from kubetuner.config.precision import missing_library
 from kubetuner.errors import ConfigError
 from kubetuner.steps.plan import make_plan
@@ -181,6 +182,15 @@ def test_a_missing_library_is_found_before_training(tmp_path, mechanism) -> None
     assert "is not installed" in found["config.json.attention_mechanism"]
     train = make_plan({**CONFIG, "attention_mechanism": "native-math"}, [entry()], cwd=tmp_path).sections.train
     assert train.attention_mechanism == "native-math"
+
+
+def test_a_missing_compiler_is_found_before_training(tmp_path, monkeypatch) -> None:
+    pictures(tmp_path / "a", *[(128, 128)] * 4)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = refusal({**CONFIG, "dynamo_backend": "inductor"}, [entry()], tmp_path)
+    assert "needs a C++ compiler, and no-such-compiler is not installed" in found["config.json.dynamo_backend"]
+    train = make_plan({**CONFIG, "dynamo_backend": "eager"}, [entry()], cwd=tmp_path).sections.train
+    assert train.compilation == CompileSettings(backend="eager")
 
 
 @pytest.mark.parametrize("precision", ["int8-torchao", "int8-quanto", "nf4-bnb"])

@@ -1,5 +1,8 @@
 import json
+import logging
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from kubetuner.artifacts import (
     write_rows,
 )
 from kubetuner.config.adapter_sections import LoraSettings
+from kubetuner.config.compilation import CompileSettings
 from kubetuner.config.objective import EmaSettings, LossSettings, RolloutSettings, SchedulerChange
 from kubetuner.config.sections import DatasetSampling, EvaluateSection, ModelRef, Prompt, PushSection, TrainSection
 from kubetuner.errors import ArtifactError, InputError
@@ -121,6 +125,27 @@ def test_kernel_and_recomputed_blocks_reach_the_network(tmp_path: Path) -> None:
     assert changed.last_loss == pytest.approx(plain.last_loss, rel=1e-4)
     with pytest.raises(InputError, match="NVIDIA GPU"):
         train(_section(tmp_path, "sdxl", attention_mechanism="native-cudnn"), *caches, tmp_path / "gpu")
+
+
+def test_a_missing_compiler_is_found_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    caches = _caches(tmp_path, "sana")
+    section = _section(tmp_path, "sana", compilation=CompileSettings(backend="inductor"))
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(InputError, match="no-such-compiler is not installed"):
+        train(section, *caches, tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_run_tells_its_graphs_and_its_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"model_type": "lora", "lora": KINDS["lora"], "compilation": CompileSettings(backend="eager")}
+    with caplog.at_level(logging.INFO, "kubetuner"):
+        artifact = train(_section(tmp_path, "sana", **settings), *_caches(tmp_path, "sana"), tmp_path / "out")
+
+    said = re.search(r"Trained to step 3: (.*) GB peak resident memory; compiled 2 graphs for 1 shape of", caplog.text)
+    assert said is not None
+    assert 0.1 < float(said[1]) < 20
+    assert {entry.path for entry in artifact.files} == LORA_FILES | {"losses.jsonl"}
 
 
 def test_a_run_started_at_an_adapter_goes_on_from_it(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ TEXT = {
 
 
 ALL = -2
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class RandomBatches:
 @dataclass(frozen=True)
 class Setup:
     bases: Path
+    device: torch.device = CPU
 
     def job(self, family: str, batches: RandomBatches, **settings: object) -> Job:
         """A fresh denoiser and a section with ``settings`` for it."""
@@ -74,8 +76,7 @@ class Setup:
         }
         section = TrainSection.model_validate(base | settings)
         made = load_family(ref.family)
-        device = torch.device("cpu")
-        denoiser = prepare_denoiser(section, made, device)
+        denoiser = prepare_denoiser(section, made, self.device)
         null = {name: torch.zeros(shape) for name, shape in TEXT[family].items()}
         process = made.noise_process(ref, section.process())
         bf16 = section.mixed_precision == "bf16"
@@ -90,7 +91,9 @@ class Setup:
             rollout=section.rollout,
             micro_steps=section.gradient_accumulation_steps,
         )
-        return Job(section, denoiser, objective, batches, lambda taken: taken / 10, section.max_train_steps, device)
+        return Job(
+            section, denoiser, objective, batches, lambda taken: taken / 10, section.max_train_steps, self.device
+        )
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ def test_a_resumed_run_has_the_same_losses_and_weights_bit_for_bit(
     settings = {"model_type": model_type, "gradient_accumulation_steps": 2, "checkpoint_step_interval": 3}
     whole = setup.job(family, RandomBatches(family), **settings)
     expected = _train(whole, tmp_path / "whole")
-    interrupted = setup.job(family, RandomBatches(family, act=_terminate_at(3)), **settings)
+    interrupted = setup.job(family, RandomBatches(family, act=terminate_at(3)), **settings)
     with pytest.raises(TerminatedError, match=r"after step 4 of 6.*run again to resume"):
         _train(interrupted, tmp_path / "parts")
     batches = RandomBatches(family)
@@ -80,7 +80,7 @@ def test_every_switch_resumes_bit_for_bit(
     whole = setup.job(family, RandomBatches(family), **settings)
     expected = _train(whole, tmp_path / "whole")
     with pytest.raises(TerminatedError):
-        _train(setup.job(family, RandomBatches(family, act=_terminate_at(3)), **settings), tmp_path / "parts")
+        _train(setup.job(family, RandomBatches(family, act=terminate_at(3)), **settings), tmp_path / "parts")
     resumed = setup.job(family, RandomBatches(family), **settings)
 
     assert _train(resumed, tmp_path / "parts") == {step: expected[step] for step in (5, 6)}
@@ -235,7 +235,7 @@ def _train(job: Job, folder: Path) -> dict[int, float]:
     return losses
 
 
-def _terminate_at(stop: int):  # type: ignore[no-untyped-def]
+def terminate_at(stop: int):  # type: ignore[no-untyped-def]
     def act(step: int) -> None:
         if step == stop:
             os.kill(os.getpid(), signal.SIGTERM)
