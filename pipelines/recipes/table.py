@@ -34,10 +34,11 @@ def train_section(recipe: Path) -> TrainSection:
 def table() -> str:
     """The rows, predicted for 1024x1024 pictures and captions of full length."""
     head = "| recipe | training | base | optimizer | batch | predicted peak | GPU |\n|---|---|---|---|---|---|---|\n"
-    return head + "".join(_row(recipe) for recipe in recipes())
+    return head + "".join(row(recipe) for recipe in recipes())
 
 
-def _row(recipe: Path) -> str:
+def row(recipe: Path) -> str:
+    """One line of the table."""
     train = train_section(recipe)
     outline = OUTLINES[train.model.family]
     edge = EDGE // outline.vae_factor

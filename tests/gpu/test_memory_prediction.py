@@ -1,7 +1,7 @@
 """The predicted peak against ``torch.cuda.max_memory_allocated``, at the published layer sizes; needs an NVIDIA GPU."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -43,16 +43,17 @@ KINDS: dict[str, dict[str, object]] = {
 
 
 @pytest.fixture(autouse=True)
-def _empty_gpu() -> Iterator[None]:
+def _empty_gpu() -> None:
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    yield
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", PATHS)
-def test_the_peak_is_predicted_within_15_percent(family: str, kind: str) -> None:
+def test_the_peak_is_predicted_within_15_percent(
+    family: str, kind: str, record_property: Callable[[str, object], None]
+) -> None:
     section = TrainSection.model_validate(
         {
             "model": {"family": family, "path": PATHS[family]},
@@ -71,7 +72,7 @@ def test_the_peak_is_predicted_within_15_percent(family: str, kind: str) -> None
     if predicted > 0.9 * torch.cuda.get_device_properties(0).total_memory:
         pytest.skip(f"needs {predicted / 2**30:.0f} GiB")
     measured = _measure(section, shapes)
-    print(f"{family} {kind}: predicted {predicted / 2**30:.2f}, measured {measured / 2**30:.2f} GiB")
+    record_property("GiB predicted, measured", (predicted / 2**30, measured / 2**30))
     assert predicted == pytest.approx(measured, rel=0.15)
 
 

@@ -138,7 +138,9 @@ def _largest(measured: Sequence[Measured], train: TrainSection) -> tuple[int, in
 def _options(train: TrainSection, predict: Predict, fits: Callable[[int], bool]) -> list[Option]:
     """Each change alone that helps; then, where none of them is enough, as many together as it takes."""
     memory = predict(train)
-    alone = [Option(rung, predict(_changed(train, rung)).peak) for rung in _rungs(train, memory)]
+    rungs = _rungs(train, memory)
+    logger.info("It does not fit; trying %d settings that may take less", len(rungs))
+    alone = [Option(rung, predict(_changed(train, rung)).peak) for rung in rungs]
     helping = [option for option in alone if option.peak < memory.peak]
     if len(helping) < 2 or any(fits(option.peak) for option in helping):
         return helping
