@@ -51,8 +51,9 @@ class _Rounded(nn.Linear):
         if self.precision == "int8-torchao":  # The copy is part of the graph, and is kept with it.
             product: Tensor = F.linear(x, self.weight.view(self.out_features, -1).to(x.dtype))
         else:
-            x = x.to(self.whole)
-            product = _Product.apply(x, self, self.precision == "int8-quanto")  # type: ignore[no-untyped-call]
+            product = _Product.apply(x.to(self.whole), self)  # type: ignore[no-untyped-call]
+        if self.precision == "nf4-bnb":  # The bias is added on the way, and the answer is as wide as the question.
+            return product.to(x.dtype)
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
 
@@ -60,14 +61,14 @@ class _Product(torch.autograd.Function):
     """A product whose backward pass makes the copy of the weight again; quanto keeps the input too."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: _Rounded, keeps_input: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: _Rounded) -> Tensor:
         ctx.layer = layer
-        ctx.save_for_backward(*([x] if keeps_input else []))
+        ctx.save_for_backward(*([x] if layer.precision == "int8-quanto" else []))
         return F.linear(x, _copy(layer, x))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient @ _copy(ctx.layer, gradient), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ _copy(ctx.layer, gradient), None
 
 
 def _copy(layer: _Rounded, like: Tensor) -> Tensor:
