@@ -136,8 +136,6 @@ def test_rounded_bases(setup: Setup, family: str) -> None:
         for precision in ("int8-torchao", "int8-quanto", "nf4-bnb")
     }
     assert sizes["nf4-bnb"].weights < sizes["int8-quanto"].weights < whole.weights
-    # torchao's copies of the weights stay until the backward pass; quanto's are made again.
-    assert sizes["int8-torchao"].activations > sizes["int8-quanto"].activations
     assert all(memory.loading <= whole.weights for memory in sizes.values())
 
 
