@@ -44,7 +44,7 @@ lint: $(READY)  ## Lint, types and layers alone
 	$(BIN)/lint-imports --no-cache
 
 ##@ Maintenance
-.PHONY: bench compile constraints
+.PHONY: bench compile constraints docs
 bench: $(READY)  ## Training, caching and reading beside bare loops and SimpleTuner's layout, as ratios
 	$(BIN)/python -m bench.training_overhead
 	$(BIN)/python -m bench.cache_reading
@@ -52,6 +52,10 @@ bench: $(READY)  ## Training, caching and reading beside bare loops and SimpleTu
 
 compile: $(READY)  ## Write pipelines/compiled/finetune.yaml
 	$(BIN)/kubetuner compile --out pipelines/compiled/finetune.yaml
+
+docs: $(READY)  ## Write docs/config.md and the recipes' table of GPU memory
+	$(BIN)/python -m kubetuner.config.reference docs/config.md
+	$(BIN)/python -m pipelines.recipes.table
 
 constraints:  ## Pin the versions that are installed now
 	{ echo "# Every version that the suite was run with. 'make setup' installs exactly these; regenerate with 'make constraints'."; \

@@ -33,7 +33,7 @@ def plan(config: dict, data_backend_config: list, report: dsl.Output[dsl.Markdow
     from kubetuner.steps.boundary import whole_numbers
     from kubetuner.steps.plan import make_plan
 
-    made = make_plan(whole_numbers(config), whole_numbers(data_backend_config), cwd=Path.cwd())
+    made = make_plan(whole_numbers(config), whole_numbers(data_backend_config), cwd=Path.cwd(), predict_memory=True)
     Path(report.path).write_text(made.markdown, encoding="utf-8")
     s = made.sections
     return tuple(p.to_json() for p in (s.download, s.cache_vae, s.cache_text_embeds, s.train, s.evaluate, s.push))

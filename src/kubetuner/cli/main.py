@@ -59,7 +59,7 @@ def validate(config_file: Path, data_file: Path | None, overrides: tuple[str, ..
     from kubetuner.steps.plan import make_plan
 
     inputs = read_inputs(config_file, data_file, overrides)
-    click.echo(make_plan(inputs.config, inputs.data, cwd=Path.cwd()).markdown)
+    click.echo(make_plan(inputs.config, inputs.data, cwd=Path.cwd(), predict_memory=True).markdown)
 
 
 @cli.command()

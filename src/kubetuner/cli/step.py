@@ -96,7 +96,7 @@ def _plan(inputs: Mapping[str, Sequence[Path]], out: Path) -> None:
     if len(inputs.get("config", ())) != 1 or len(inputs.get("data", ())) > 1:
         raise InputError("plan takes --in config=FILE once and --in data=FILE at most once.")
     read = read_inputs(inputs["config"][0], next(iter(inputs.get("data", ())), None), ())
-    made = make_plan(read.config, read.data, cwd=Path.cwd())
+    made = make_plan(read.config, read.data, cwd=Path.cwd(), predict_memory=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / SECTIONS_FILE).write_text(made.sections.to_json() + "\n", encoding="utf-8")
     (out / "plan.md").write_text(made.markdown, encoding="utf-8")

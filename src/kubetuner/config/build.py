@@ -16,6 +16,7 @@ from kubetuner.config.learning_rate import read_rate
 from kubetuner.config.models import OUTLINES, FamilyOutline
 from kubetuner.config.objective import FlowSchedule, SchedulerChange
 from kubetuner.config.optimizers import OPTIMIZERS, OptimizerName, plain_settings, read_options
+from kubetuner.config.precision import unroundable
 from kubetuner.config.prompts import read_instruction, read_prompts, read_resolutions
 from kubetuner.config.schedule import empty_stages
 from kubetuner.config.sections import (
@@ -281,23 +282,10 @@ def _check_machinery(train: TrainSection, where: str, problems: list[Problem]) -
         problems.append(Problem(place, f"is {mechanism!r}, which {message}; use 'diffusers'."))
     elif mechanism in HALF_ONLY and train.mixed_precision == "no":
         problems.append(Problem(place, f"is {mechanism!r}, which needs mixed_precision 'bf16'."))
-    if train.base_model_precision != "no_change" and (reason := _unroundable(train)):
-        message = f"is {train.base_model_precision!r}, {reason}; use 'no_change'."
+    rounded = train.base_model_precision
+    if rounded != "no_change" and (reason := unroundable(train, rounded)):
+        message = f"is {rounded!r}, {reason}; use 'no_change'."
         problems.append(Problem(f"{where}.base_model_precision", message))
-
-
-def _unroundable(train: TrainSection) -> str:
-    """Why the base's weights cannot be rounded, or an empty text."""
-    adapter = train.lora
-    if adapter is None:
-        return "and model_type full trains and saves the very weights that would be rounded"
-    if adapter.use_dora:
-        return "and use_dora trains the magnitudes of the very weights that would be rounded"
-    if adapter.init_type in ("olora", "pissa"):
-        return f"and lora_init_type {adapter.init_type} takes its start out of the weights, which cannot be rounded yet"
-    if adapter.algorithm != "lora" and train.base_model_precision == "nf4-bnb":
-        return f"whose weights are packed in pairs, so that PEFT's {adapter.title} does not see their shape"
-    return ""
 
 
 def _check_stages(train: TrainSection, data: Data, problems: list[Problem]) -> None:

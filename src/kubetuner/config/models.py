@@ -76,7 +76,7 @@ OUTLINES: dict[FamilyName, FamilyOutline] = {
         },
         later=frozenset(),
         denoiser="transformer",
-        parameters={"4.8b": 4.72, "600m": 0.59, "": 1.6},
+        parameters={"4.8b": 4.72, "_600m": 0.59, "": 1.6},
         vae_factor=32,
         latent_channels=32,
         text_width=2304,

@@ -2,6 +2,8 @@
 
 from importlib.util import find_spec
 
+from kubetuner.config.sections import TrainSection
+
 PRECISIONS = ("no_change", "int8-torchao", "int8-quanto", "nf4-bnb")
 LATER = frozenset(
     {
@@ -24,3 +26,17 @@ def missing_library(precision: str) -> str:
     """The distribution to install for ``precision``, or an empty text when nothing is missing."""
     module, distribution = _LIBRARIES.get(precision, ("", ""))
     return distribution if module and find_spec(module) is None else ""
+
+
+def unroundable(train: TrainSection, precision: str) -> str:
+    """Why the base's weights cannot be stored in ``precision``, as the end of a sentence, or an empty text."""
+    adapter = train.lora
+    if adapter is None:
+        return "and model_type full trains and saves the very weights that would be rounded"
+    if adapter.use_dora:
+        return "and use_dora trains the magnitudes of the very weights that would be rounded"
+    if adapter.init_type in ("olora", "pissa"):
+        return f"and lora_init_type {adapter.init_type} takes its start out of the weights, which cannot be rounded yet"
+    if adapter.algorithm != "lora" and precision == "nf4-bnb":
+        return f"whose weights are packed in pairs, so that PEFT's {adapter.title} does not see their shape"
+    return ""

@@ -101,6 +101,10 @@ class Family(Protocol):
         """
         ...
 
+    def conditioning_shapes(self, denoiser: nn.Module, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Per tensor of :meth:`collate` its shape without the batch, for captions of up to so many tokens."""
+        ...
+
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
     ) -> Tensor:

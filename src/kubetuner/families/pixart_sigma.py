@@ -17,7 +17,7 @@ from kubetuner.families.adapters import Adapters
 from kubetuner.families.autoencoders import KlLatents
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
-from kubetuner.families.text import PAD_TO, TextEncoder, encode_at_length, pad_together
+from kubetuner.families.text import PAD_TO, TextEncoder, encode_at_length, pad_together, padded_shapes
 
 MAX_TOKENS = 300
 
@@ -69,6 +69,10 @@ class PixArtSigma(KlLatents, Adapters):
         states, mask = pad_together([(null if text is None else text)["embeds"] for text in texts], pad_to)
         sizes = torch.tensor([[row.target_size[1], row.target_size[0]] for row in rows], dtype=torch.float32)
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask, "resolution": sizes}
+
+    def conditioning_shapes(self, denoiser: Any, tokens: int) -> dict[str, tuple[int, ...]]:
+        """See :class:`~kubetuner.families.base.Family`."""
+        return {**padded_shapes(tokens, denoiser.config.caption_channels), "resolution": (2,)}
 
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]

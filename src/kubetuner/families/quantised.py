@@ -53,7 +53,8 @@ def _to_nf4(denoiser: nn.Module) -> None:
         for name, child in parent.named_children()
         if type(child) is nn.Linear
     ]
-    for parent, name, old in found:
+    while found:  # Each layer is let go before the next is made, or a GPU would hold both networks.
+        parent, name, old = found.pop()
         new: Any = Linear4bit(
             old.in_features, old.out_features, bias=old.bias is not None, compute_dtype=old.weight.dtype,
             compress_statistics=True, quant_type="nf4", device="meta",

@@ -14,7 +14,7 @@ from kubetuner.families import loading, noise
 from kubetuner.families.adapters import Adapters
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
-from kubetuner.families.text import PAD_TO, TextEncoder, encode_at_length, pad_together
+from kubetuner.families.text import PAD_TO, TextEncoder, encode_at_length, pad_together, padded_shapes
 
 MAX_TOKENS = 300
 
@@ -100,6 +100,10 @@ class Sana(Adapters):
         """Padded text and its mask."""
         states, mask = pad_together([(null if text is None else text)["embeds"] for text in texts], pad_to)
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+    def conditioning_shapes(self, denoiser: Any, tokens: int) -> dict[str, tuple[int, ...]]:
+        """See :class:`~kubetuner.families.base.Family`."""
+        return padded_shapes(tokens, denoiser.config.caption_channels)
 
     def predict(self, denoiser: Any, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """See :class:`~kubetuner.families.base.Family`."""

@@ -102,6 +102,16 @@ class Sdxl(KlLatents, Adapters):
             "time_ids": torch.tensor(ids),
         }
 
+    def conditioning_shapes(self, denoiser: Any, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Always of 77 tokens; the pooled text is what the network's own size leaves beside six embedded time ids."""
+        config = denoiser.config
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {
+            "encoder_hidden_states": (MAX_TOKENS, config.cross_attention_dim),
+            "text_embeds": (pooled,),
+            "time_ids": (6,),
+        }
+
     def predict(
         self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]
     ) -> Tensor:

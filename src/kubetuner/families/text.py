@@ -63,6 +63,12 @@ def pad_together(sequences: Sequence[Tensor], pad_to: int = PAD_TO) -> tuple[Ten
     return states, mask
 
 
+def padded_shapes(tokens: int, width: int) -> dict[str, tuple[int, ...]]:
+    """The shapes, without the batch, of :func:`pad_together`'s two tensors under the names that denoisers give them."""
+    length = -(-tokens // PAD_TO) * PAD_TO
+    return {"encoder_hidden_states": (length, width), "encoder_attention_mask": (length,)}
+
+
 def in_batches(
     encode: Callable[[Sequence[str]], list[dict[str, Tensor]]], texts: Sequence[str], batch_size: int
 ) -> list[dict[str, Tensor]]:

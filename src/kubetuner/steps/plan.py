@@ -22,6 +22,7 @@ from kubetuner.steps.plan_datasets import (
 from kubetuner.steps.plan_epochs import schedule_epochs
 from kubetuner.steps.plan_machinery import library_problems
 from kubetuner.steps.plan_masks import PlannedMasks, open_masks
+from kubetuner.steps.plan_memory import Forecast, forecast
 from kubetuner.steps.plan_models import resolve_models
 from kubetuner.steps.plan_page import page
 
@@ -43,13 +44,16 @@ class Plan:
     run: RunConfig
 
 
-def make_plan(config: Mapping[str, object], data: Sequence[object] | None, *, cwd: Path) -> Plan:
+def make_plan(
+    config: Mapping[str, object], data: Sequence[object] | None, *, cwd: Path, predict_memory: bool = False
+) -> Plan:
     """Validate the two files, look at the folders they name and count what training will see.
 
     Args:
         config: The object in ``config.json``.
         data: The list in ``multidatabackend.json``; read from ``data_backend_config`` when ``None``.
         cwd: Folder that the paths in the files are relative to.
+        predict_memory: Say how much GPU memory training takes; needs PyTorch and seconds.
 
     Raises:
         ConfigError: With every problem: of the files, missing folders, or too few pictures for a batch.
@@ -76,9 +80,10 @@ def make_plan(config: Mapping[str, object], data: Sequence[object] | None, *, cw
     sections = _resolve_repeats(_resolve_datasets(sections, measured, masks), measured)
     epoch = steps_per_epoch(measured, train)
     costs = estimate(sections, measured)
-    summary = _summary(sections, measured, epoch, costs)
+    found = forecast(sections, measured) if predict_memory else None
+    summary = _summary(sections, measured, epoch, costs, found)
     remarks = [*raised, *in_steps, *masks.remarks(run.data.masks)]
-    return Plan(sections, page(run, sections, measured, epoch, costs, remarks), summary, run)
+    return Plan(sections, page(run, sections, measured, epoch, costs, remarks, found), summary, run)
 
 
 def _alignment_problems(sections: Sections, run: RunConfig) -> list[Problem]:
@@ -106,7 +111,9 @@ def _resolve_repeats(sections: Sections, measured: Sequence[Measured]) -> Sectio
     return sections.model_copy(update={"train": train, "push": push})
 
 
-def _summary(sections: Sections, measured: Sequence[Measured], epoch: int, costs: Costs) -> dict[str, object]:
+def _summary(
+    sections: Sections, measured: Sequence[Measured], epoch: int, costs: Costs, found: Forecast | None
+) -> dict[str, object]:
     train = sections.train
     return {
         "model": train.model.path,
@@ -122,4 +129,5 @@ def _summary(sections: Sections, measured: Sequence[Measured], epoch: int, costs
         "latents_bytes": costs.latents_bytes,
         "text_embeds_bytes": costs.text_embeds_bytes,
         "training_memory_bytes": costs.training_memory_bytes,
+        "peak_memory_bytes": None if found is None or found.memory is None else found.memory.peak,
     }

@@ -9,6 +9,8 @@ from kubetuner.config.sections import Sections, TrainSection
 from kubetuner.errors import on_one_line
 from kubetuner.steps.plan_costs import Costs
 from kubetuner.steps.plan_datasets import Measured, drawn_per_epoch, kept_buckets
+from kubetuner.steps.plan_memory import Forecast
+from kubetuner.steps.plan_memory_page import memory_section
 
 _NAMED = 10
 
@@ -20,11 +22,13 @@ def page(
     epoch: int,
     costs: Costs,
     raised: Sequence[str] = (),
+    found: Forecast | None = None,
 ) -> str:
-    """The whole page; ``raised`` says which repeats the plan changed, and what was found about masks."""
+    """The whole page: ``raised`` is what the plan changed or found, ``found`` the predicted GPU memory."""
     blocks = [
         "# Plan",
-        _model(sections, epoch, costs),
+        _model(sections, epoch, costs, predicted=found is not None and found.memory is not None),
+        "" if found is None else memory_section(found),
         _datasets(sections, measured),
         "\n".join(f"- {remark}" for remark in raised),
         _turns(sections, measured),
@@ -46,7 +50,7 @@ def amount(count: int) -> str:
     return f"{size:.1f} GB"
 
 
-def _model(sections: Sections, epoch: int, costs: Costs) -> str:
+def _model(sections: Sections, epoch: int, costs: Costs, *, predicted: bool) -> str:
     train = sections.train
     steps = train.max_train_steps or train.num_train_epochs * epoch
     batch = train.train_batch_size * train.planned_micro_steps
@@ -60,8 +64,9 @@ def _model(sections: Sections, epoch: int, costs: Costs) -> str:
         ("learning rate", f"{train.learning_rate:g}, {train.lr_scheduler}, {train.lr_warmup_steps} warm-up steps"),
         ("latents", amount(costs.latents_bytes)),
         ("text embeddings", f"at most {amount(costs.text_embeds_bytes)}, with one caption per picture"),
-        ("memory", f"{amount(costs.training_memory_bytes)} for weights and optimizer{_each(train)}"),
     ]
+    if not predicted:
+        rows.append(("memory", f"{amount(costs.training_memory_bytes)} for weights and optimizer{_each(train)}"))
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows)
 
 

@@ -28,6 +28,11 @@ def make_trainable(denoiser: nn.Module, section: TrainSection, family: Family, d
         denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if section.gradient_checkpointing:
         recompute_activations(denoiser, section.gradient_checkpointing_interval)
+    return choose_trained(denoiser, section, family)
+
+
+def choose_trained(denoiser: nn.Module, section: TrainSection, family: Family) -> nn.Module:
+    """The network, in place, with an adapter if the section has one; what is to be trained requires gradients."""
     if section.lora is not None:
         torch.manual_seed(derive_seed(section.seed, "adapter", 0, 0))
         return family.add_adapter(denoiser, section.lora)

@@ -1,12 +1,17 @@
 """Gradient checkpointing of every n-th block: its activations are computed again instead of being kept."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
+"""Makes the surroundings of a block's first run, and of its repetition in the backward pass."""
 
 
-def recompute_activations(denoiser: nn.Module, interval: int) -> None:
+def recompute_activations(denoiser: nn.Module, interval: int, contexts: Contexts = noop_context_fn) -> None:
     """Turn on gradient checkpointing for the first, the (1 + ``interval``)-th and so on of the denoiser's blocks.
 
     diffusers has no interval, but asks a function to run each block, with the block as its first argument. Blocks are
@@ -17,6 +22,8 @@ def recompute_activations(denoiser: nn.Module, interval: int) -> None:
 
     def run(block: Any, *inputs: Any) -> Any:
         position = order.setdefault(id(block), len(order))
-        return block(*inputs) if position % interval else checkpoint(block, *inputs, use_reentrant=False)
+        if position % interval:
+            return block(*inputs)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
     cast(Any, denoiser).enable_gradient_checkpointing(run)

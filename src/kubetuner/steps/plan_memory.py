@@ -1,0 +1,199 @@
+"""Whether training will fit a GPU: the predicted peak of its memory, and settings that take less.
+
+Nothing is changed here: the settings are tried through the same prediction, and shown.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from kubetuner.config.models import OUTLINES
+from kubetuner.config.optimizers import OPTIMIZERS
+from kubetuner.config.precision import unroundable
+from kubetuner.config.sections import Sections, TrainSection
+from kubetuner.errors import InputError
+from kubetuner.steps.plan_costs import vae_shape
+from kubetuner.steps.plan_datasets import Measured, kept_buckets
+
+if TYPE_CHECKING:
+    from kubetuner.training.memory_prediction import Memory
+
+logger = logging.getLogger(__name__)
+
+CARD = "KUBETUNER_GPU_MEMORY_GIB"
+"""The environment variable for a GPU's memory; without it the GPU of this machine counts, if there is one."""
+GIB = 2**30
+SIZES = (8, 10, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180)
+"""Memory of the GPUs that are sold, in GiB."""
+USABLE = 0.9
+"""Share of a GPU's memory that tensors can have; CUDA's context, workspaces and gaps take the rest."""
+_SMALL_SHARE = 0.05
+
+Change = Mapping[str, object]
+Predict = Callable[[TrainSection], "Memory"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """Settings of ``config.json`` that were tried, and the peak that they are predicted to have, in bytes."""
+
+    change: Change
+    peak: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What was predicted.
+
+    Attributes:
+        batch: The largest batch, for a person.
+        memory: ``None`` where nothing was predicted.
+        reason: Why nothing was.
+        card: Bytes of the GPU's memory; 0 when it is not known.
+        options: Settings that take less, tried because these do not fit; in the order in which to try them.
+    """
+
+    batch: str = ""
+    memory: "Memory | None" = None
+    reason: str = ""
+    card: int = 0
+    options: tuple[Option, ...] = ()
+
+    def fits(self, peak: int) -> bool:
+        """Whether the GPU has room for it."""
+        return peak <= USABLE * self.card
+
+
+def forecast(sections: Sections, measured: Sequence[Measured]) -> Forecast:
+    """Predict the peak for the largest batch of the run; where PyTorch is missing, say so.
+
+    Raises:
+        InputError: The environment's value for the GPU's memory is no number above 0.
+    """
+    card = _card()
+    missing = [name for name in ("torch", "diffusers", "peft") if find_spec(name) is None]
+    if missing:
+        return Forecast(
+            reason=f"{', '.join(missing)} is not installed here; kubetuner[train] has it. `kubetuner validate` on a "
+            "machine with it (no GPU needed) tells.",
+            card=card,
+        )
+    train = sections.train
+    if train.fsdp is not None:
+        return Forecast(reason="weights that processes share out (fsdp_enable) are not predicted yet.", card=card)
+    from kubetuner.training.memory_prediction import Predictor, Shapes
+
+    factor, channels = vae_shape(train.model)
+    width, height = _largest(measured, train)
+    outline = OUTLINES[train.model.family]
+    tokens = sections.cache_text_embeds.max_length or outline.text_floats // outline.text_width
+    predictor = Predictor(Shapes((channels, height // factor, width // factor), tokens))
+    batch = f"{train.train_batch_size} of {width}x{height}, captions of {tokens} tokens"
+    logger.info("Predicting GPU memory; this takes seconds")
+    try:
+        memory = predictor.predict(train)
+        card = card or _local_card()
+        found = Forecast(batch, memory, card=card)
+        if not card or found.fits(memory.peak):
+            return found
+        return Forecast(batch, memory, card=card, options=tuple(_options(train, predictor.predict, found.fits)))
+    except InputError as error:
+        return Forecast(reason=f"{error}", card=card)
+
+
+def smallest_card(peak: int) -> int:
+    """GiB of the smallest usual GPU with room for ``peak`` bytes; 0 when there is none."""
+    return next((size for size in SIZES if peak <= USABLE * size * GIB), 0)
+
+
+def _card() -> int:
+    """Bytes by the environment; 0 when it does not say."""
+    text = os.environ.get(CARD, "")
+    if not text:
+        return 0
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < 10_000:
+        raise InputError(f"{CARD} is {text!r}; expected the GPU's memory in GiB, such as 24.")
+    return int(size * GIB)
+
+
+def _local_card() -> int:
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
+
+
+def _largest(measured: Sequence[Measured], train: TrainSection) -> tuple[int, int]:
+    """Width and height of the pictures of the largest bucket that is trained on."""
+    sizes = {
+        size for one in measured if one.trained_on for name in kept_buckets(one, train) for size in one.buckets[name]
+    }
+    return max(sizes, key=lambda size: (size[0] * size[1], size))
+
+
+def _options(train: TrainSection, predict: Predict, fits: Callable[[int], bool]) -> list[Option]:
+    """Each change alone that helps; then, where none of them is enough, as many together as it takes."""
+    memory = predict(train)
+    rungs = _rungs(train, memory)
+    logger.info("It does not fit; trying %d settings that may take less", len(rungs))
+    alone = [Option(rung, predict(_changed(train, rung)).peak) for rung in rungs]
+    helping = [option for option in alone if option.peak < memory.peak]
+    if len(helping) < 2 or any(fits(option.peak) for option in helping):
+        return helping
+    together = helping[0]
+    for option in helping[1:]:
+        change = {**together.change, **option.change}
+        together = Option(change, predict(_changed(train, change)).peak)
+        if fits(together.peak):
+            break
+    return [*helping, together]
+
+
+def _rungs(train: TrainSection, memory: "Memory") -> list[Change]:
+    """Single changes that take less memory: first those that keep the result, then those that touch precision."""
+    changes: list[Change] = []
+    if train.attention_mechanism == "native-math":
+        changes.append({"attention_mechanism": "diffusers"})
+    if train.ema is not None and train.ema.device == "accelerator":
+        changes.append({"ema_device": "cpu"})
+    if not train.gradient_checkpointing:
+        changes.append({"gradient_checkpointing": True})
+    elif train.gradient_checkpointing_interval > 1:
+        changes.append({"gradient_checkpointing_interval": 1})
+    if train.mixed_precision == "no":
+        changes.append({"mixed_precision": "bf16"})
+    changes.extend(_batches(train))
+    matters = memory.optimizer > _SMALL_SHARE * memory.peak
+    if matters and OPTIMIZERS[train.optimizer].state_bytes > OPTIMIZERS["bnb-adamw8bit"].state_bytes:
+        changes.append({"optimizer": "bnb-adamw8bit"})
+    if matters and OPTIMIZERS[train.optimizer].state_bytes > OPTIMIZERS["bnb-lion8bit"].state_bytes:
+        changes.append({"optimizer": "bnb-lion8bit"})
+    if train.base_model_precision == "no_change" and not unroundable(train, "int8-quanto"):
+        changes.append({"base_model_precision": "int8-quanto"})
+    if train.base_model_precision != "nf4-bnb" and not unroundable(train, "nf4-bnb"):
+        changes.append({"base_model_precision": "nf4-bnb"})
+    return changes
+
+
+def _batches(train: TrainSection) -> list[Change]:
+    """Half the batch, and batches of one, with more of them per step: as many pictures per step as before."""
+    size, steps = train.train_batch_size, train.gradient_accumulation_steps
+    smaller = [size // 2] if size % 2 == 0 and size > 2 else []
+    return [
+        {"train_batch_size": batch, "gradient_accumulation_steps": steps * size // batch}
+        for batch in [*smaller, *([1] if size > 1 else [])]
+    ]
+
+
+def _changed(train: TrainSection, change: Change) -> TrainSection:
+    """``train`` with settings of ``config.json``."""
+    update = {name: value for name, value in change.items() if name != "ema_device"}
+    if "ema_device" in change and train.ema is not None:
+        update["ema"] = train.ema.model_copy(update={"device": change["ema_device"]})
+    return train.model_copy(update=update)
