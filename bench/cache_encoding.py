@@ -171,7 +171,7 @@ def step_memory(step: str, scratch: Path, count: int) -> None:
     dataset, base = scratch / "dataset", scratch / "base"
     ref = ModelRef(family="sdxl", path=str(base))
     if step == "none":
-        make_pictures(dataset, count, 64)
+        make_pictures(dataset, count, 32)
         write_pipeline(build_pipeline("sdxl", "unit"), base)
     elif step == "download_dataset":
         download(dataset)

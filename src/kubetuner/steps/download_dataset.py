@@ -7,21 +7,24 @@ The fingerprint covers ids, bytes and captions; it does not depend on where the 
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from kubetuner.artifacts import (
     ARTIFACT_FILE,
     SAMPLES_FILE,
     DatasetArtifact,
-    FileEntry,
     Sample,
     Skipped,
+    canonical_json,
     describe_file,
-    fingerprint,
     read_artifact,
+    read_rows,
     sha256_of,
     verify_files,
     write_artifact,
@@ -46,14 +49,15 @@ SHOWN_SKIPS = 5
 
 @dataclass(frozen=True)
 class _Origin:
-    """An opened dataset."""
+    """An opened dataset and the pictures to take in from it, in the order of reading."""
 
     settings: DatasetSource
     source: Source
     listing: Listing
+    items: Sequence[Item]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Picture:
     """A picture to take in."""
 
@@ -101,35 +105,65 @@ def read_dataset(folder: Path) -> DatasetArtifact:
 
 
 def _download(section: DownloadSection, out: Path) -> DatasetArtifact:
-    taken: list[tuple[_Picture, Sample, FileEntry]] = []
     skipped: list[tuple[str, Skipped]] = []
+    others = {path for path in (out / FILES_FOLDER).rglob("*") if path.is_file()}
     with ExitStack() as stack:
-        pictures = _list(section.datasets, stack)
-        progress = stack.enter_context(Progress("download_dataset", len(pictures), "pictures"))
-        for picture, result in zip(pictures, _take_all(pictures, out), strict=True):
+        origins = _list(section.datasets, stack)
+        taken = _Taken(stack.enter_context(tempfile.TemporaryFile(dir=out)))
+        progress = Progress("download_dataset", sum(len(origin.items) for origin in origins), "pictures")
+        stack.enter_context(progress)
+        for picture, result in zip(_pictures(origins), _take_all(origins, out), strict=True):
             if isinstance(result, Skipped):
                 logger.warning("skipped %s: %s", on_one_line(result.name), result.reason)
                 skipped.append((picture.dataset, result))
+                taken.add(None)
             else:
-                taken.append((picture, *result))
+                others.discard(out / result.file)
+                taken.add(result)
             progress.advance(note=f"{len(skipped)} skipped" if skipped else "")
-    _judge(section, pictures, skipped)
-    samples = _in_order(section, taken)
-    entries = {entry.path: entry for _, _, entry in taken}
-    _remove_others(out, set(entries))
-    write_rows(out, SAMPLES_FILE, samples)
-    entries[SAMPLES_FILE] = describe_file(out, SAMPLES_FILE)
+        _judge(section, origins, skipped)
+        count = write_rows(out, SAMPLES_FILE, _in_order(origins, taken))
+    for path in others:  # Pictures that an earlier run left here and that are no longer in the dataset.
+        path.unlink()
     return DatasetArtifact(
-        fingerprint=fingerprint("dataset", [[sample.id, sample.sha256, sample.captions] for sample in samples]),
-        files=tuple(entries[path] for path in sorted(entries)),
-        num_samples=len(samples),
+        fingerprint=_fingerprint(read_rows(out, SAMPLES_FILE, Sample)),
+        files=(describe_file(out, SAMPLES_FILE),),
+        num_samples=count,
         skipped=tuple(skip for _, skip in skipped),
     )
 
 
-def _list(datasets: Sequence[DatasetSource], stack: ExitStack) -> list[_Picture]:
+class _Taken:
+    """What became of the pictures, in the order of reading: rows in ``file``, 8 bytes each in memory."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._ends = array("Q", [0])
+
+    def add(self, sample: Sample | None) -> None:
+        """Append a sample, or ``None`` for a picture that was skipped."""
+        length = self._file.write(sample.model_dump_json().encode()) if sample else 0
+        self._ends.append(self._ends[-1] + length)
+
+    def __getitem__(self, index: int) -> Sample | None:
+        start, end = self._ends[index], self._ends[index + 1]
+        self._file.seek(start)
+        return Sample.model_validate_json(self._file.read(end - start)) if end > start else None
+
+
+def _fingerprint(samples: Iterable[Sample]) -> str:
+    """``fingerprint("dataset", [[id, sha256, captions], …])``, one sample at a time."""
+    digest = hashlib.sha256(b'["dataset",[')
+    for index, sample in enumerate(samples):
+        text = canonical_json([sample.id, sample.sha256, sample.captions])
+        digest.update(f",{text}".encode() if index else text.encode())
+    digest.update(b"]]")
+    return digest.hexdigest()
+
+
+def _list(datasets: Sequence[DatasetSource], stack: ExitStack) -> list[_Origin]:
     """Every dataset's pictures; what is wrong with any dataset is told at once. ``stack`` closes the sources."""
-    pictures: list[_Picture] = []
+    origins: list[_Origin] = []
     problems: list[str] = []
     for settings in datasets:
         try:
@@ -141,27 +175,35 @@ def _list(datasets: Sequence[DatasetSource], stack: ExitStack) -> list[_Picture]
         if not listing.pictures:
             known = " ".join(sorted(PICTURE_EXTENSIONS))
             problems.append(f"dataset {settings.id!r}: no picture in {source.place} (looked for {known})")
-        origin = _Origin(settings, source, listing)
-        pictures += (_Picture(origin, item) for item in subset(listing.pictures, settings.id, settings.max_num_samples))
+        items = subset(listing.pictures, settings.id, settings.max_num_samples)
+        origins.append(_Origin(settings, source, listing, items))
     if problems:
         raise DatasetError("; ".join(problems))
-    return pictures
+    return origins
 
 
-def _in_order(section: DownloadSection, taken: Sequence[tuple[_Picture, Sample, FileEntry]]) -> list[Sample]:
+def _pictures(origins: Sequence[_Origin]) -> Iterator[_Picture]:
+    """Every picture, in the order of reading."""
+    return (_Picture(origin, item) for origin in origins for item in origin.items)
+
+
+def _in_order(origins: Sequence[_Origin], taken: _Taken) -> Iterator[Sample]:
     """Samples by dataset, as the data file has them, and name; the order of reading differs from source to source."""
-    position = {settings.id: index for index, settings in enumerate(section.datasets)}
-    ordered = sorted(taken, key=lambda one: (position[one[0].dataset], one[0].item.name))
-    return [sample for _, sample, _ in ordered]
+    before = 0
+    for items in (origin.items for origin in origins):
+        for index in sorted(range(len(items)), key=lambda index: items[index].name):
+            if sample := taken[before + index]:
+                yield sample
+        before += len(items)
 
 
-def _take_all(pictures: Sequence[_Picture], out: Path) -> Iterator[tuple[Sample, FileEntry] | Skipped]:
-    """Take in ``pictures`` on several threads, in order."""
-    readers = max((picture.origin.source.readers for picture in pictures), default=1)
-    return in_threads(lambda picture: _take(picture, out), pictures, readers, "download")
+def _take_all(origins: Sequence[_Origin], out: Path) -> Iterator[Sample | Skipped]:
+    """Take in every picture on several threads, in order."""
+    readers = max(origin.source.readers for origin in origins)
+    return in_threads(lambda picture: _take(picture, out), _pictures(origins), readers, "download")
 
 
-def _take(picture: _Picture, out: Path) -> tuple[Sample, FileEntry] | Skipped:
+def _take(picture: _Picture, out: Path) -> Sample | Skipped:
     """Check one picture and copy its bytes; the bytes that are hashed are the ones that were decoded."""
     try:
         origin = picture.origin
@@ -176,7 +218,7 @@ def _take(picture: _Picture, out: Path) -> tuple[Sample, FileEntry] | Skipped:
     target = out / file
     if not (target.is_file() and target.stat().st_size == len(data) and sha256_of(target) == digest):
         write_atomically(target, lambda path: _write_bytes(path, data))
-    sample = Sample(
+    return Sample(
         id=picture.id,
         dataset=picture.dataset,
         file=file,
@@ -185,7 +227,6 @@ def _take(picture: _Picture, out: Path) -> tuple[Sample, FileEntry] | Skipped:
         height=info.height,
         captions=captions,
     )
-    return sample, FileEntry(path=file, bytes=len(data), sha256=digest)
 
 
 def _refuse_unprintable(picture: _Picture, captions: tuple[str, ...]) -> None:
@@ -196,29 +237,22 @@ def _refuse_unprintable(picture: _Picture, captions: tuple[str, ...]) -> None:
         raise PictureError("its name is not UTF-8; rename it") from error
 
 
-def _judge(section: DownloadSection, pictures: Sequence[_Picture], skipped: Sequence[tuple[str, Skipped]]) -> None:
+def _judge(section: DownloadSection, origins: Sequence[_Origin], skipped: Sequence[tuple[str, Skipped]]) -> None:
     """Raise where a dataset lost too many pictures; ``skipped`` are pairs of dataset and picture."""
     problems: list[str] = []
-    for source in section.datasets:
-        total = sum(picture.dataset == source.id for picture in pictures)
-        lost = [skip for dataset, skip in skipped if dataset == source.id]
+    for origin in origins:
+        name, total = origin.settings.id, len(origin.items)
+        lost = [skip for dataset, skip in skipped if dataset == name]
         if len(lost) < total and len(lost) <= section.max_skipped_share * total:
             continue
         shown = "; ".join(f"{on_one_line(skip.name)}: {skip.reason}" for skip in lost[:SHOWN_SKIPS])
         more = f"; and {len(lost) - SHOWN_SKIPS} more (see the log)" if len(lost) > SHOWN_SKIPS else ""
-        problems.append(f"dataset {source.id!r}: {len(lost)} of {total} pictures cannot be used ({shown}{more})")
+        problems.append(f"dataset {name!r}: {len(lost)} of {total} pictures cannot be used ({shown}{more})")
     if problems:
         raise DatasetError(
             f"{'; '.join(problems)}. Allowed is a share of {section.max_skipped_share:g} and at least one usable "
             "picture: mend or remove the pictures named, or raise max_skipped_share"
         )
-
-
-def _remove_others(out: Path, wanted: set[str]) -> None:
-    """Remove pictures that an earlier run left in ``out`` and that are no longer in the dataset."""
-    for path in (out / FILES_FOLDER).rglob("*"):
-        if path.is_file() and path.relative_to(out).as_posix() not in wanted:
-            path.unlink()
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
