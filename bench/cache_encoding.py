@@ -126,12 +126,12 @@ def throughput(scratch: Path, name: str, counts: dict[str, int], edge: int, roun
     return rows
 
 
-def run_step(kind: str, ref: ModelRef, dataset: Path, out: Path) -> None:
-    """Run one cache step on an empty store."""
+def run_step(kind: str, ref: ModelRef, dataset: Path, out: Path, edge: int) -> None:
+    """Run one cache step; pictures are ``edge`` pixels wide and high."""
     if kind == "cache_vae":
-        geometry = Geometry(resolution=64, resolution_type="pixel", crop=True, crop_style="center")
-        edge = Image.open(next((dataset.parent / f"{dataset.name}-pictures").iterdir())).width
-        geometry = geometry.model_copy(update={"resolution": float(edge)})
+        geometry = Geometry(
+            resolution=edge, resolution_type="pixel", aspect_bucket_alignment=8, crop=True, crop_style="center"
+        )
         datasets = (DatasetGeometry(id="bench", geometry=geometry),)
         cache_vae(CacheVaeSection(model=ref, datasets=datasets, dtype="bf16", vae_batch_size=PICTURES), dataset, out)
     else:

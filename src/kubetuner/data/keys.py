@@ -41,7 +41,8 @@ class Keys:
             return np.empty(0, dtype=np.int64)
         wanted = np.frombuffer(bytes.fromhex("".join(keys)), dtype="S32")
         near = np.searchsorted(self._distinct, wanted).clip(max=len(self._distinct) - 1)
-        return near[self._distinct[near] == wanted]
+        found: NDArray[np.int64] = near[self._distinct[near] == wanted]
+        return found
 
     def put(self, numbers: NDArray[np.int64], shard: ShardEntry) -> None:
         """Note that these keys are in ``shard``; what was noted of them before is forgotten."""
@@ -64,4 +65,5 @@ class Keys:
 
     def missing(self) -> NDArray[np.int64]:
         """The first position of every key that is in no shard, in the order of the keys."""
-        return self._first[self._shard == _NOWHERE]
+        first: NDArray[np.int64] = self._first[self._shard == _NOWHERE]
+        return first

@@ -37,6 +37,7 @@ from kubetuner.data.pictures import PictureError, check_picture
 from kubetuner.errors import DatasetError, on_one_line
 from kubetuner.progress import Progress
 from kubetuner.sources.base import PICTURE_EXTENSIONS, Item, ItemError, Listing, Source, as_planned
+from kubetuner.sources.items import Items
 from kubetuner.sources.subset import subset
 from kubetuner.sources.switch import open_source
 from kubetuner.sources.threads import in_threads
@@ -54,7 +55,7 @@ class _Origin:
     settings: DatasetSource
     source: Source
     listing: Listing
-    items: Sequence[Item]
+    items: Items
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +192,7 @@ def _in_order(origins: Sequence[_Origin], taken: _Taken) -> Iterator[Sample]:
     """Samples by dataset, as the data file has them, and name; the order of reading differs from source to source."""
     before = 0
     for items in (origin.items for origin in origins):
-        for index in sorted(range(len(items)), key=lambda index: items[index].name):
+        for index in items.order():
             if sample := taken[before + index]:
                 yield sample
         before += len(items)

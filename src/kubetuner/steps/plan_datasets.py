@@ -87,6 +87,7 @@ def _measure(source: Source, measured: Measured, problems: list[Problem]) -> Non
         return
     pictures = subset(listing.pictures, measured.id, measured.source.max_num_samples)
     sizes = in_threads(lambda item: _size(source, item), pictures, source.readers, "plan")
+    targets: dict[Size, Size] = {}
     with Progress(f"plan {measured.id}", len(pictures), "pictures") as progress:
         for item, size in zip(pictures, sizes, strict=True):
             progress.advance()
@@ -98,7 +99,9 @@ def _measure(source: Source, measured: Measured, problems: list[Problem]) -> Non
             if isinstance(placement, LeftOut):
                 measured.skipped.append((item.name, placement.reason))
             else:
-                measured.buckets.setdefault(placement.bucket, []).append(placement.target_size)
+                # One object for each size, however many pictures have it.
+                target = targets.setdefault(placement.target_size, placement.target_size)
+                measured.buckets.setdefault(placement.bucket, []).append(target)
     _check_captions(pictures, listing, measured, problems)
 
 
