@@ -42,7 +42,7 @@ def main() -> None:
         rows.append([f"bytes a sample above {counts[0]:,}", *(f"{each:,.0f}" for each in above)])
     note = (
         f"\n\nPeak resident MB of a fresh process, one run each; {FAMILY}, a unit model, pictures of {EDGE} px whose "
-        f"names, {len(caption(0))} bytes long, are their captions. Imports alone take what the second column says. What "
+        f"names, {len(caption(0))} bytes long, are their captions. What "
         "grows: plan and download_dataset hold the listing (the name and some 60 bytes a file; plan a size more), "
         "download_dataset also 8 bytes a picture; the cache steps hold content keys and where rows and shards are "
         "(70 to 80 bytes, for a moment twice that while keys are sorted); the rest is the allocator's."
@@ -73,7 +73,7 @@ def run(step: str, scratch: Path, count: int) -> None:
     elif step == "download_dataset":
         download(dataset)
     else:
-        ref = ModelRef(family=FAMILY, path=str(base))
+        ref = ModelRef.model_validate({"family": FAMILY, "path": str(base)})
         run_step(step.removesuffix(" again"), ref, dataset, scratch / "store", EDGE)
     print(peak_memory())
 
