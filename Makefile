@@ -49,6 +49,7 @@ bench: $(READY)  ## Training, caching and reading beside bare loops and SimpleTu
 	$(BIN)/python -m bench.training_overhead
 	$(BIN)/python -m bench.cache_reading
 	$(BIN)/python -m bench.cache_encoding
+	$(BIN)/python -m bench.data_memory
 
 compile: $(READY)  ## Write pipelines/compiled/finetune.yaml
 	$(BIN)/kubetuner compile --out pipelines/compiled/finetune.yaml

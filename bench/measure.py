@@ -25,10 +25,10 @@ def alternate(rounds: int, works: Mapping[str, Callable[[], object]]) -> dict[st
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def in_child(module: str, call: str) -> str:
-    """The last line that ``call`` prints in a fresh process after ``from <module> import *``."""
+def in_child(module: str, call: str, variables: Mapping[str, str] | None = None) -> str:
+    """The last line that ``call`` prints in a fresh process after ``from <module> import *``, ``variables`` set."""
     command = [sys.executable, "-c", f"from {module} import *; {call}"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["src", "."])}
+    environment = {**os.environ, **(variables or {}), "PYTHONPATH": os.pathsep.join(["src", "."])}
     done = subprocess.run(command, cwd=README.parents[1], env=environment, check=True, capture_output=True, text=True)
     return done.stdout.strip().splitlines()[-1]
 

@@ -167,7 +167,10 @@ class Artifact(Record):
 
 
 class DatasetArtifact(Artifact):
-    """Pictures and captions, downloaded and checked. Rows: ``samples.jsonl`` (:class:`Sample`)."""
+    """Pictures and captions, downloaded and checked. Rows: ``samples.jsonl`` (:class:`Sample`).
+
+    The pictures are not among ``files``: each row names one and its checksum, however many there are.
+    """
 
     kind: Literal["dataset"] = "dataset"
     num_samples: int

@@ -20,10 +20,10 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import ValidationError
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+FoundT = TypeVar("FoundT", bound=Sized)
 
 STORE_VARIABLE = "KUBETUNER_STORE"
 # How often a step at work says again which shards it needs; far below the day that gc leaves every claim.
@@ -63,17 +65,31 @@ class Store:
     def known(self, namespace: str, wanted: Collection[str] | None = None) -> dict[str, ShardEntry]:
         """Sample key → shard, for those of the ``wanted`` keys (default: all) that are in ``namespace``.
 
+        See :meth:`find`, which is for more keys than memory should hold.
+        """
+
+        def among(keys: Sequence[str]) -> list[str]:
+            return [key for key in keys if wanted is None or key in wanted]
+
+        return {key: shard for shard, keys in self.find(namespace, among) for key in keys}
+
+    def find(self, namespace: str, among: Callable[[Sequence[str]], FoundT]) -> Iterator[tuple[ShardEntry, FoundT]]:
+        """The shards of ``namespace`` that hold wanted keys, with what ``among`` made of these keys.
+
         Their shards are claimed. One that is damaged is named in the log and its index entry removed, so that its
         samples are encoded again. The file stays: another process may be putting an undamaged one in its place.
+
+        Args:
+            namespace: Where to look.
+            among: Picks the wanted ones of a shard's keys, in whatever form; empty when none is.
         """
-        found: dict[str, ShardEntry] = {}
         for entry in sorted((self.root / "index" / namespace).glob("*.json")):
             index = self.read_entry(entry)
             if index is None:
                 entry.unlink(missing_ok=True)
                 continue
-            keys = index.keys if wanted is None else [key for key in index.keys if key in wanted]
-            if not keys:
+            keys = among(index.keys)
+            if not len(keys):
                 continue
             # Claimed first and looked at second: what gc took before the claim is missing now.
             self._claims.add(entry)
@@ -81,8 +97,7 @@ class Store:
             if damage := self._damage(index.shard):
                 self._forget(index.shard.file, damage)
             else:
-                found.update(dict.fromkeys(keys, index.shard))
-        return found
+                yield index.shard, keys
 
     def write_shard(self, namespace: str, samples: Mapping[str, Mapping[str, "Tensor"]]) -> ShardEntry:
         """Store ``samples`` (key → name → contiguous CPU tensor) as one shard, the index entry last.

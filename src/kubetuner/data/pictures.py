@@ -1,7 +1,7 @@
 """Opening, measuring and resizing pictures.
 
 Every way in applies the EXIF orientation, so width and height mean what a person sees. Transparent pixels are shown
-on white; 16-bit pictures keep their upper 8 bits. Only :func:`to_pixels` needs torch.
+on white; 16-bit pictures keep their upper 8 bits. Only what ends in tensors needs torch.
 """
 
 import io
@@ -83,6 +83,15 @@ def open_picture(path: Path) -> Image.Image:
         data = path.read_bytes()
     except OSError as error:
         raise PictureError(f"cannot be read ({error.strerror or error})", path) from error
+    return decode_picture(data, path)
+
+
+def decode_picture(data: bytes, path: Path) -> Image.Image:
+    """Decode the bytes of the file ``path`` to an upright RGB picture.
+
+    Raises:
+        PictureError: They are damaged, too large or no picture.
+    """
     return _decode(data, path)[0]
 
 
@@ -148,19 +157,33 @@ def _webp_size(header: bytes) -> tuple[int, int] | None:
     return size if size and 0 < size[0] * size[1] <= MAX_PIXELS else None
 
 
-def to_pixels(image: Image.Image, placement: Placement) -> "Tensor":
-    """Resize (Lanczos) and cut an RGB picture: float32 of shape [3, height, width] in -1..1."""
+def to_bytes(image: Image.Image, placement: Placement) -> "Tensor":
+    """Resize (Lanczos) and cut an RGB picture: uint8 of shape [3, height, width]."""
+    import numpy as np
     import torch
 
     if image.mode != "RGB":
-        raise ValueError(f"to_pixels takes an RGB picture, got mode {image.mode}; open it with open_picture")
+        raise ValueError(f"to_bytes takes an RGB picture, got mode {image.mode}; open it with open_picture")
     if image.size != placement.intermediary_size:
         image = image.resize(placement.intermediary_size, Image.Resampling.LANCZOS)
     top, left = placement.crop
     width, height = placement.target_size
-    cut = image.crop((left, top, left + width, top + height))
-    pixels = torch.frombuffer(bytearray(cut.tobytes()), dtype=torch.uint8).view(height, width, 3)
-    return (pixels.permute(2, 0, 1).to(torch.float32) / 127.5 - 1.0).contiguous()
+    if image.size != placement.target_size:
+        image = image.crop((left, top, left + width, top + height))
+    rows = np.frombuffer(image.tobytes(), np.uint8).reshape(height, width, 3)
+    return torch.from_numpy(np.array(rows.transpose(2, 0, 1), order="C"))
+
+
+def to_floats(colours: "Tensor") -> "Tensor":
+    """Float32 in -1..1 of uint8 colours, of the same shape and on the same device."""
+    import torch
+
+    return colours.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def to_pixels(image: Image.Image, placement: Placement) -> "Tensor":
+    """Resize (Lanczos) and cut an RGB picture: float32 of shape [3, height, width] in -1..1."""
+    return to_floats(to_bytes(image, placement))
 
 
 def _decode(

@@ -35,19 +35,17 @@ def encode_at_length(encoder: TextEncoder, texts: Sequence[str], max_length: int
     """
     tokenizer, model = encoder.tokenizer, encoder.model
     device = next(model.parameters()).device
-    ids: list[list[int]] = [
-        tokenizer(text, truncation=True, max_length=max_length, add_special_tokens=True).input_ids for text in texts
-    ]
+    ids: list[list[int]] = tokenizer(
+        list(texts), truncation=True, max_length=max_length, add_special_tokens=True
+    ).input_ids
     states: dict[int, Tensor] = {}
     for length, places in _by_length([len(row) for row in ids], batch_size):
-        input_ids = torch.full((batch_size, length), int(tokenizer.pad_token_id))
-        mask = torch.zeros_like(input_ids)
-        for row, place in enumerate(_filled(places, batch_size)):
-            input_ids[row, : len(ids[place])] = torch.tensor(ids[place])
-            mask[row, : len(ids[place])] = 1
-        hidden = model(input_ids.to(device), attention_mask=mask.to(device))[0]
-        for row, place in enumerate(places):
-            states[place] = hidden[row, : len(ids[place])].float().cpu().clone()
+        rows = [ids[place] + [tokenizer.pad_token_id] * (length - len(ids[place])) for place in places]
+        lengths = torch.tensor(_filled([len(ids[place]) for place in places], batch_size))
+        mask = (torch.arange(length) < lengths[:, None]).long()
+        hidden = model(torch.tensor(_filled(rows, batch_size)).to(device), attention_mask=mask.to(device))[0]
+        for place, state in zip(places, hidden.float().cpu(), strict=False):
+            states[place] = state[: len(ids[place])].clone()
     return [states[place] for place in range(len(ids))]
 
 

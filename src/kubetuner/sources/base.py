@@ -13,10 +13,14 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import merge
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Protocol, TypeVar
 
 from kubetuner.errors import DatasetError
+from kubetuner.sources.items import Item as Item
+from kubetuner.sources.items import Items, ItemsByName
 
 logger = logging.getLogger(__name__)
 
@@ -52,29 +56,6 @@ class PassingError(Exception):
         self.wait = wait
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One file of a source.
-
-    Attributes:
-        name: Path relative to the source's root, with ``/``; unique in a listing.
-        size: Bytes; -1 where the source does not say.
-        version: What pins the bytes; empty where the source has no versions.
-        modified: When it was written, in nanoseconds since 1970; 0 where the source does not say.
-        checksum: ``md5:``, ``sha256:``, ``git:`` (blob id) or ``crc32c:`` (base64) and the digest; empty for none.
-        captions: Captions that the source itself holds, such as a table's column; ``None`` where it holds none.
-        pixels: (width, height) where the source's table says so.
-    """
-
-    name: str
-    size: int = -1
-    version: str = ""
-    modified: int = 0
-    checksum: str = ""
-    captions: tuple[str, ...] | None = None
-    pixels: tuple[int, int] | None = None
-
-
 @dataclass(frozen=True)
 class Listing:
     """What a source holds.
@@ -86,7 +67,7 @@ class Listing:
         newest: The latest :attr:`Item.modified`.
     """
 
-    pictures: tuple[Item, ...]
+    pictures: Items
     texts: Mapping[str, Item]
     revision: str
     newest: int
@@ -150,24 +131,28 @@ def folder_listing(files: Iterable[Item], revision: str = "") -> Listing:
         files: In any order.
         revision: The source's own revision; by default a digest of the files.
     """
-    found = [item for item in files if is_picture(item.name) or is_text(item.name)]
-    by_name = sorted(found, key=lambda item: item.name)
-    return listing_of(
-        [item for item in by_name if is_picture(item.name)], [item for item in by_name if is_text(item.name)], revision
-    )
+    pictures, texts = Items(), Items()
+    for item in files:
+        if is_picture(item.name):
+            pictures.append(item)
+        elif is_text(item.name):
+            texts.append(item)
+    pictures.sort()
+    return listing_of(pictures, texts, revision)
 
 
-def listing_of(pictures: Sequence[Item], texts: Sequence[Item] = (), revision: str = "") -> Listing:
+def listing_of(pictures: Iterable[Item], texts: Iterable[Item] = (), revision: str = "") -> Listing:
     """A listing of just these files; ``revision`` is by default a digest of them."""
-    everything = (*pictures, *texts)
-    newest = max((item.modified for item in everything), default=0)
-    return Listing(tuple(pictures), {item.name: item for item in texts}, revision or _digest(everything), newest)
+    packed = [files if isinstance(files, Items) else Items(files) for files in (pictures, texts)]
+    by_name = ItemsByName(packed[1])
+    newest = max((item.modified for item in chain(*packed)), default=0)
+    return Listing(packed[0], by_name, revision or _digest(packed), newest)
 
 
-def _digest(items: Iterable[Item]) -> str:
+def _digest(groups: Iterable[Items]) -> str:
     """SHA-256 (hex) over name, size, version and captions of every item, whatever their order."""
     digest = hashlib.sha256()
-    for item in sorted(items, key=lambda item: item.name):
+    for item in merge(*(items.by_name() for items in groups), key=lambda item: item.name):
         parts = [os.fsencode(item.name), b"%d" % item.size, item.version.encode()]
         for part in (*parts, *(caption.encode() for caption in item.captions or ())):
             digest.update(b"%d " % len(part) + part)
@@ -187,11 +172,11 @@ def as_planned(listing: Listing, revision: str, newest: int) -> Listing:
     """
     if revision in ("", listing.revision):
         return listing
-    texts = tuple(listing.texts.values())
-    later = sorted(item.name for item in (*listing.pictures, *texts) if item.modified > newest)
+    texts = listing.texts.values()
+    later = sorted(item.name for item in chain(listing.pictures, texts) if item.modified > newest)
     kept = listing_of(
-        [item for item in listing.pictures if item.modified <= newest],
-        [item for item in texts if item.modified <= newest],
+        (item for item in listing.pictures if item.modified <= newest),
+        (item for item in texts if item.modified <= newest),
     )
     if kept.revision == revision:
         logger.warning("%d file(s) came after the run was planned and are left out: %s", len(later), named(later))

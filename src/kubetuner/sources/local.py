@@ -102,14 +102,19 @@ def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
     real = folder.resolve()
     if real in above:
         return
-    try:
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        raise DatasetError(f"{folder} cannot be listed ({error.strerror or error}); check its rights") from error
-    for entry in entries:
+    for entry in _entries(folder):
         if entry.name.startswith("."):
             continue
         if _is_folder(entry):
             yield from _walk(folder / entry.name, (*above, real))
         else:
             yield folder / entry.name
+
+
+def _entries(folder: Path) -> "Iterator[os.DirEntry[str]]":
+    """What ``folder`` holds, one by one: there may be very much in it."""
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except OSError as error:
+        raise DatasetError(f"{folder} cannot be listed ({error.strerror or error}); check its rights") from error

@@ -86,13 +86,13 @@ def cache_masks(
         section: Names the model.
         store: Where latents go too.
         dataset: Folder of the dataset artifact.
-        samples: Yields the samples; asked twice, so that of all of them only keys are held in memory.
+        samples: Yields those with a mask; asked twice, so that of all of them only keys are held in memory.
 
     Raises:
         ArtifactError: A mask's file is missing or damaged.
     """
     factor, _ = vae_shape(section.model)
-    wanted = {_key(item, factor) for item in samples() if item.sample.mask}
+    wanted = {_key(item, factor) for item in samples()}
     if not wanted:
         return CachedMasks(factor, {}, ())
     known = store.known(NAMESPACE, wanted)
@@ -115,7 +115,7 @@ def _first_of_each(keys: set[str], items: Iterable[Placed], factor: int) -> Iter
     """One item for each of ``keys``."""
     left = set(keys)
     for item in items:
-        if item.sample.mask and (key := _key(item, factor)) in left:
+        if (key := _key(item, factor)) in left:
             left.remove(key)
             yield key, item
 

@@ -1,8 +1,12 @@
 """The ``cache_text_embeds`` step: captions of a dataset artifact in, text embeddings out."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kubetuner.artifacts import (
     ARTIFACT_FILE,
@@ -11,7 +15,6 @@ from kubetuner.artifacts import (
     TEXTS_FILE,
     CaptionRow,
     Sample,
-    ShardEntry,
     TensorSpec,
     TextEmbedsArtifact,
     TextRow,
@@ -23,6 +26,8 @@ from kubetuner.artifacts import (
 )
 from kubetuner.config.sections import CacheTextSection
 from kubetuner.data.caption_edits import edit_captions
+from kubetuner.data.keys import Keys
+from kubetuner.data.rows import RowFile
 from kubetuner.progress import Progress
 from kubetuner.steps.download_dataset import read_dataset
 from kubetuner.store import Store, resolve_store
@@ -57,38 +62,75 @@ def cache_text_embeds(
 
 def _cache(section: CacheTextSection, dataset: Path, out: Path, part: tuple[int, int]) -> TextEmbedsArtifact:
     source = read_dataset(dataset)
-    shard, num_shards = part
     store = resolve_store(out)
     out.mkdir(parents=True, exist_ok=True)
     encoding = section.encoding()
-    keys = {"": fingerprint("", encoding)}
-
-    def captions() -> Iterator[CaptionRow]:
-        for index, sample in enumerate(read_rows(dataset, SAMPLES_FILE, Sample)):
-            if index % num_shards == shard:
-                texts = _texts(section, sample)
-                keys.update((text, fingerprint(text, encoding)) for text in texts if text not in keys)
-                yield CaptionRow(sample=sample.id, texts=texts)
-
-    write_rows(out, CAPTIONS_FILE, captions())
+    write_rows(out, CAPTIONS_FILE, _captions(section, dataset, part))
+    texts = _Texts(out / CAPTIONS_FILE, encoding)
     namespace = f"text-{fingerprint(encoding)[:16]}"
-    known = store.known(namespace, frozenset(keys.values()))
-    missing = [text for text, key in keys.items() if key not in known]
-    known |= _encode(section, store, namespace, {text: keys[text] for text in missing})
-    logger.info("text embeddings: %d reused, %d encoded", len(keys) - len(missing), len(missing))
-    write_rows(out, TEXTS_FILE, (TextRow(text=text, key=key, shard=known[key].file) for text, key in keys.items()))
-    shards = {entry.file: entry for entry in known.values()}
-    shapes = store.shapes(shards.values())
+    for entry, numbers in store.find(namespace, texts.keys.numbers):
+        texts.keys.put(numbers, entry)
+    encoded = _encode(section, store, namespace, texts)
+    count = write_rows(out, TEXTS_FILE, _rows(texts))
+    logger.info("text embeddings: %d reused, %d encoded", count - encoded, encoded)
+    shards = texts.keys.shards()
     return TextEmbedsArtifact(
         fingerprint=fingerprint(section.deciding(), source.fingerprint, part),
         parents=(source.fingerprint,),
         files=tuple(describe_file(out, name) for name in (CAPTIONS_FILE, TEXTS_FILE)),
-        num_texts=len(keys),
-        encoded=len(missing),
-        reused=len(keys) - len(missing),
-        tensors={name: TensorSpec(dtype=section.dtype, shape=shape) for name, shape in shapes.items()},
-        shards=tuple(shards[file] for file in sorted(shards)),
+        num_texts=count,
+        encoded=encoded,
+        reused=count - encoded,
+        tensors={name: TensorSpec(dtype=section.dtype, shape=shape) for name, shape in store.shapes(shards).items()},
+        shards=shards,
     )
+
+
+class _Texts:
+    """The texts of ``captions.jsonl``, after the empty one, by place; memory holds about 90 bytes of each.
+
+    Attributes:
+        keys: Their content keys; equal texts have equal ones.
+    """
+
+    def __init__(self, captions: Path, encoding: object) -> None:
+        self._rows = RowFile(CaptionRow)
+        self._row = array("I", [0])
+        self._turn = array("I", [0])
+        self._length = array("I", [0])
+        self.keys = Keys(fingerprint(text, encoding) for text in self._add(captions))
+
+    def _add(self, captions: Path) -> Iterator[str]:
+        yield ""
+        for row, found in self._rows.add(captions):
+            for turn, text in enumerate(found.texts):
+                self._row.append(row)
+                self._turn.append(turn)
+                self._length.append(len(text))
+                yield text
+
+    def __getitem__(self, place: int) -> str:
+        return self._rows[self._row[place]].texts[self._turn[place]] if place else ""
+
+    def missing(self) -> NDArray[np.int64]:
+        """The place of each text that is in no shard, similar lengths together, whatever the order of the captions."""
+        first = self.keys.missing()
+        return first[np.argsort(np.frombuffer(self._length, dtype=np.uint32)[first], kind="stable")]
+
+
+def _captions(section: CacheTextSection, dataset: Path, part: tuple[int, int]) -> Iterator[CaptionRow]:
+    shard, num_shards = part
+    for index, sample in enumerate(read_rows(dataset, SAMPLES_FILE, Sample)):
+        if index % num_shards == shard:
+            yield CaptionRow(sample=sample.id, texts=_texts(section, sample))
+
+
+def _rows(texts: _Texts) -> Iterator[TextRow]:
+    """Every text once, in the order of the captions."""
+    for place in np.sort(texts.keys.firsts()):
+        shard = texts.keys.shard(place)
+        assert shard is not None  # It was found or has been encoded.
+        yield TextRow(text=texts[place], key=texts.keys[place], shard=shard.file)
 
 
 def _texts(section: CacheTextSection, sample: Sample) -> tuple[str, ...]:
@@ -97,12 +139,11 @@ def _texts(section: CacheTextSection, sample: Sample) -> tuple[str, ...]:
     return edit_captions(settings, sample.captions) if settings else sample.captions
 
 
-def _encode(
-    section: CacheTextSection, store: Store, namespace: str, missing: Mapping[str, str]
-) -> dict[str, ShardEntry]:
-    """Encode the texts of ``missing`` (text → key), similar lengths together; returns key → the shard written."""
-    if not missing:
-        return {}
+def _encode(section: CacheTextSection, store: Store, namespace: str, texts: _Texts) -> int:
+    """Encode the missing texts, similar lengths together, and note their shards; returns how many there were."""
+    missing = texts.missing()
+    if not len(missing):
+        return 0
     import torch
 
     from kubetuner.families import load_family
@@ -112,17 +153,16 @@ def _encode(
     family = load_family(section.model.family)
     encoders = family.load_text_encoders(section.model, device)
     dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32
-    texts = sorted(missing, key=lambda text: (len(text), text))
     at_once = BATCHES_AT_ONCE * section.text_encoder_batch_size
-    written: dict[str, ShardEntry] = {}
-    with Progress("cache_text_embeds", len(texts), "texts") as progress, torch.inference_mode():
-        for start in range(0, len(texts), TEXTS_PER_SHARD):
+    with Progress("cache_text_embeds", len(missing), "texts") as progress, torch.inference_mode():
+        for start in range(0, len(missing), TEXTS_PER_SHARD):
             ready = {}
-            for first in range(start, min(start + TEXTS_PER_SHARD, len(texts)), at_once):
-                last = min(first + at_once, start + TEXTS_PER_SHARD)
-                batch = texts[first:last]
-                for text, tensors in zip(batch, family.encode_texts(encoders, batch, section), strict=True):
-                    ready[missing[text]] = {name: tensor.to(dtype).clone() for name, tensor in tensors.items()}
+            places = missing[start : start + TEXTS_PER_SHARD]
+            for first in range(0, len(places), at_once):
+                batch = places[first : first + at_once]
+                encoded = family.encode_texts(encoders, [texts[place] for place in batch], section)
+                for place, tensors in zip(batch, encoded, strict=True):
+                    ready[texts.keys[place]] = {name: tensor.to(dtype) for name, tensor in tensors.items()}
                 progress.advance(len(batch))
-            written |= dict.fromkeys(ready, store.write_shard(namespace, ready))
-    return written
+            texts.keys.put(texts.keys.numbers(ready), store.write_shard(namespace, ready))
+    return len(missing)

@@ -1,7 +1,9 @@
 """The ``cache_vae`` step: pictures of a dataset artifact in, VAE latents out."""
 
+import hashlib
 import logging
 import os
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +11,9 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kubetuner.artifacts import (
     ARTIFACT_FILE,
@@ -22,14 +27,14 @@ from kubetuner.artifacts import (
     TensorSpec,
     describe_file,
     fingerprint,
-    read_rows,
-    sha256_of,
     write_artifact,
     write_rows,
 )
 from kubetuner.config.sections import CacheVaeSection
-from kubetuner.data.geometry import LeftOut, Placement, Size, place
-from kubetuner.data.pictures import open_picture, to_pixels
+from kubetuner.data.geometry import LeftOut, Placement, place
+from kubetuner.data.keys import Keys
+from kubetuner.data.pictures import decode_picture, to_bytes, to_floats
+from kubetuner.data.rows import RowFile
 from kubetuner.errors import ArtifactError
 from kubetuner.progress import Progress
 from kubetuner.steps.cache_masks import CachedMasks, cache_masks
@@ -47,9 +52,6 @@ logger = logging.getLogger(__name__)
 SAMPLES_PER_SHARD = 256
 MAX_THREADS = 8
 NOT_FINITE = "the VAE gave latents that are not finite; remove the picture, or choose another VAE if there are many"
-
-
-_Part = tuple[CacheVaeSection, Path, int, int]
 
 
 @dataclass(frozen=True)
@@ -88,106 +90,122 @@ def _cache(section: CacheVaeSection, dataset: Path, out: Path, part: tuple[int, 
     store = resolve_store(out)
     kind = "moments" if section.vae_cache_moments else "latents"
     namespace = f"{kind}-{fingerprint(section.model.vae_identity(), section.dtype)[:16]}"
-    # The samples are read several times, so that however many there are, only their keys are held in memory.
-    samples = (section, dataset, *part)
-    sizes: dict[str, Size] = {}
-    masked = False
-    for item in _placed(*samples):
-        sizes[item.key] = item.placement.target_size
-        masked = masked or bool(item.sample.mask)
-    known = store.known(namespace, sizes.keys())
-    missing = {key: size for key, size in sizes.items() if key not in known}
-    written = _encode(section, store, namespace, len(missing), _read_ahead(dataset, _by_size(samples, missing)))
-    known |= written
-    masks = cache_masks(section, store, dataset, lambda: _placed(*samples) if masked else ())
-    skipped: list[Skipped] = []
+    samples = _Samples(section, dataset, *part)
+    for entry, numbers in store.find(namespace, samples.keys.numbers):
+        samples.keys.put(numbers, entry)
+    encoded = _encode(section, store, namespace, samples, dataset)
+    masks = cache_masks(section, store, dataset, samples.masked)
+    skipped = samples.left_out.copy()
     out.mkdir(parents=True, exist_ok=True)
-    count = write_rows(out, LATENTS_FILE, _rows(_place_all(*samples), known, masks, skipped))
-    for skip in skipped:
+    count = write_rows(out, LATENTS_FILE, _rows(samples, masks, skipped))
+    skips = tuple(skipped[position] for position in sorted(skipped))
+    for skip in skips:
         logger.warning("skipped %s: %s", skip.name, skip.reason)
-    logger.info("latents: %d reused, %d encoded, %d skipped", count - len(written), len(written), len(skipped))
-    shards = {entry.file: entry for entry in known.values()}
-    tensors = {
-        name: TensorSpec(dtype=section.dtype, shape=shape) for name, shape in store.shapes(shards.values()).items()
-    }
+    logger.info("latents: %d reused, %d encoded, %d skipped", count - encoded, encoded, len(skips))
+    shards = samples.keys.shards()
+    tensors = {name: TensorSpec(dtype=section.dtype, shape=shape) for name, shape in store.shapes(shards).items()}
     return LatentsArtifact(
         fingerprint=fingerprint(section.deciding(), source.fingerprint, part),
         parents=(source.fingerprint,),
         files=(describe_file(out, LATENTS_FILE),),
         num_samples=count,
-        encoded=len(written),
-        reused=count - len(written),
+        encoded=encoded,
+        reused=count - encoded,
         tensors=tensors | masks.tensors(),
-        shards=(*(shards[file] for file in sorted(shards)), *masks.shards()),
-        skipped=tuple(skipped),
+        shards=(*shards, *masks.shards()),
+        skipped=skips,
     )
 
 
-def _place_all(section: CacheVaeSection, dataset: Path, shard: int, num_shards: int) -> Iterator[_Placed | Skipped]:
-    """The geometry and key of each of this shard's samples; samples that its limits leave out are skipped."""
-    geometries = {entry.id: entry.geometry for entry in section.datasets}
-    identity = section.model.vae_identity()
-    for index, sample in enumerate(read_rows(dataset, SAMPLES_FILE, Sample)):
-        if index % num_shards != shard or sample.dataset not in geometries:
-            continue
-        geometry = geometries[sample.dataset]
+class _Samples:
+    """The samples ``shard``, ``shard + num_shards``, … of a dataset; memory holds about 80 bytes of each.
+
+    Attributes:
+        keys: Content keys of those that are to be encoded, in the dataset's order.
+        left_out: Those that a limit leaves out, by position in the dataset.
+    """
+
+    def __init__(self, section: CacheVaeSection, dataset: Path, shard: int, num_shards: int) -> None:
+        self._section = section
+        self._geometries = {entry.id: entry.geometry for entry in section.datasets}
+        self._identity = section.model.vae_identity()
+        self._rows = RowFile(Sample)
+        self._positions = array("I")
+        self._sizes = array("Q")
+        self._masked = array("I")
+        self.left_out: dict[int, Skipped] = {}
+        mine = (
+            (position, sample)
+            for position, sample in self._rows.add(dataset / SAMPLES_FILE)
+            if position % num_shards == shard and sample.dataset in self._geometries
+        )
+        self.keys = Keys(self._add(mine))
+
+    def _add(self, samples: Iterable[tuple[int, Sample]]) -> Iterator[str]:
+        """Take in samples by their position in the dataset; yields the keys of those that no limit leaves out."""
+        for position, sample in samples:
+            placement = self._place(sample)
+            if isinstance(placement, LeftOut):
+                self.left_out[position] = Skipped(name=sample.id, reason=placement.reason)
+                continue
+            width, height = placement.target_size
+            if sample.mask:
+                self._masked.append(len(self._positions))
+            self._positions.append(position)
+            self._sizes.append(width << 32 | height)
+            yield fingerprint(
+                sample.sha256, placement.intermediary_size, placement.crop, placement.target_size,
+                self._identity, self._section.dtype,
+                "moments" if self._section.vae_cache_moments else self._section.seed,
+            )  # fmt: skip
+
+    def _place(self, sample: Sample) -> Placement | LeftOut:
         name = sample.id.removeprefix(f"{sample.dataset}/")
-        placement = place(geometry, sample.width, sample.height, f"{section.seed}:{sample.sha256}", name)
-        if isinstance(placement, LeftOut):
-            yield Skipped(name=sample.id, reason=placement.reason)
-            continue
-        key = fingerprint(
-            sample.sha256, placement.intermediary_size, placement.crop, placement.target_size,
-            identity, section.dtype, "moments" if section.vae_cache_moments else section.seed,
-        )  # fmt: skip
-        yield _Placed(sample, placement, key)
+        key = f"{self._section.seed}:{sample.sha256}"
+        return place(self._geometries[sample.dataset], sample.width, sample.height, key, name)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def position(self, index: int) -> int:
+        """The position in the dataset."""
+        return self._positions[index]
+
+    def __getitem__(self, index: int) -> _Placed:
+        sample = self._rows[self._positions[index]]
+        placement = self._place(sample)
+        assert isinstance(placement, Placement)  # It was one when the sample was taken in.
+        return _Placed(sample, placement, self.keys[index])
+
+    def masked(self) -> Iterator[_Placed]:
+        """Those with a mask."""
+        return (self[index] for index in self._masked)
+
+    def missing(self) -> NDArray[np.int64]:
+        """One sample for each key that is in no shard, those of one target size together."""
+        first = self.keys.missing()
+        return first[np.lexsort((first, np.frombuffer(self._sizes, dtype=np.uint64)[first]))]
 
 
-def _placed(section: CacheVaeSection, dataset: Path, shard: int, num_shards: int) -> Iterator[_Placed]:
-    """As :func:`_place_all`, without the samples that are skipped."""
-    return (item for item in _place_all(section, dataset, shard, num_shards) if isinstance(item, _Placed))
-
-
-def _rows(
-    items: Iterable[_Placed | Skipped],
-    known: Mapping[str, ShardEntry],
-    masks: CachedMasks,
-    skipped: list[Skipped],
-) -> Iterator[LatentRow]:
-    """The rows of the items that are encoded; the others are appended to ``skipped``."""
-    for item in items:
-        if isinstance(item, Skipped):
-            skipped.append(item)
-        elif item.key in known:
-            yield _row(item, known[item.key]).model_copy(update=masks.of(item))
+def _rows(samples: _Samples, masks: CachedMasks, skipped: dict[int, Skipped]) -> Iterator[LatentRow]:
+    """The rows of the samples that are encoded; the others are added to ``skipped`` by position in the dataset."""
+    for index in range(len(samples)):
+        item, shard = samples[index], samples.keys.shard(index)
+        if shard is None:
+            skipped[samples.position(index)] = Skipped(name=item.sample.id, reason=NOT_FINITE)
         else:
-            skipped.append(Skipped(name=item.sample.id, reason=NOT_FINITE))
+            yield _row(item, shard).model_copy(update=masks.of(item))
 
 
-def _by_size(samples: _Part, missing: Mapping[str, Size]) -> Iterator[_Placed]:
-    """The first item with each key of ``missing``, those of one target size together."""
-    for size in sorted(set(missing.values())):
-        left = {key for key, its in missing.items() if its == size}
-        for item in _placed(*samples):
-            if item.key in left:
-                left.remove(item.key)
-                yield item
-
-
-def _encode(
-    section: CacheVaeSection,
-    store: Store,
-    namespace: str,
-    total: int,
-    pictures: "Iterator[tuple[_Placed, Tensor]]",
-) -> dict[str, ShardEntry]:
-    """Encode ``pictures``; returns key → the shard written, without samples whose latents are not finite.
+def _encode(section: CacheVaeSection, store: Store, namespace: str, samples: _Samples, dataset: Path) -> int:
+    """Encode the missing samples and note their shards; returns how many have finite latents.
 
     Kernels are chosen by the shape of a whole batch, so the last bits of a picture's latents depend on how many are
     encoded together, though not on which. Therefore every batch is filled up to ``vae_batch_size``.
     """
-    if not total:
-        return {}
+    missing = samples.missing()
+    if not len(missing):
+        return 0
     import torch
 
     from kubetuner.families import load_family
@@ -197,22 +215,28 @@ def _encode(
     family = load_family(section.model.family)
     vae = family.load_vae(section.model, device)
     dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32
-    written: dict[str, ShardEntry] = {}
+    encoded = 0
     ready: dict[str, dict[str, Tensor]] = {}
-    with Progress("cache_vae", total, "pictures") as progress, torch.inference_mode():
+    with Progress("cache_vae", len(missing), "pictures") as progress, torch.inference_mode():
+        pictures = _read_ahead(dataset, (samples[index] for index in missing))
         for batch in _batches(pictures, section.vae_batch_size):
-            encoded = _encode_batch(section, family, vae, batch)
+            made = {name: one.to(dtype).cpu() for name, one in _encode_batch(section, family, vae, batch).items()}
+            finite = torch.stack([one.isfinite().flatten(1).all(1) for one in made.values()]).all(0).tolist()
             for place, (item, _) in enumerate(batch):
-                kept = {name: tensor[place].to(dtype) for name, tensor in encoded.items()}
-                if all(torch.isfinite(tensor).all() for tensor in kept.values()):
-                    ready[item.key] = kept
+                if finite[place]:
+                    ready[item.key] = {name: one[place] for name, one in made.items()}
             if len(ready) >= SAMPLES_PER_SHARD:
-                written |= dict.fromkeys(ready, store.write_shard(namespace, ready))
+                encoded += _write(store, namespace, samples.keys, ready)
                 ready = {}
             progress.advance(len(batch))
+    return encoded + _write(store, namespace, samples.keys, ready)
+
+
+def _write(store: Store, namespace: str, keys: Keys, ready: "Mapping[str, Mapping[str, Tensor]]") -> int:
+    """Write a shard and note what is in it; returns how many samples."""
     if ready:
-        written |= dict.fromkeys(ready, store.write_shard(namespace, ready))
-    return written
+        keys.put(keys.numbers(ready), store.write_shard(namespace, ready))
+    return len(ready)
 
 
 def _batches(pictures: "Iterator[tuple[_Placed, Tensor]]", size: int) -> "Iterator[list[tuple[_Placed, Tensor]]]":
@@ -225,25 +249,24 @@ def _batches(pictures: "Iterator[tuple[_Placed, Tensor]]", size: int) -> "Iterat
 def _encode_batch(
     section: CacheVaeSection, family: "Family", vae: "nn.Module", batch: "Sequence[tuple[_Placed, Tensor]]"
 ) -> "dict[str, Tensor]":
-    """What the cache keeps, on the CPU; the batch is filled up with its last picture."""
+    """What the cache keeps, on the VAE's device; the batch is filled up with its last picture."""
     import torch
 
     from kubetuner.data.latents import MOMENTS, SAMPLE, key_generator
 
     device = next(vae.parameters()).device
     full = [*batch, *[batch[-1]] * (section.vae_batch_size - len(batch))]
-    pixels = torch.stack([one for _, one in full]).to(device)
+    # Whole bytes travel: a quarter of what floats would be.
+    pixels = to_floats(torch.stack([one for _, one in full]).to(device))
     if section.vae_cache_moments:
-        encoded = dict(zip(MOMENTS, family.encode_moments(vae, pixels), strict=True))
-    else:
-        shape = family.latent_shape(vae, pixels.shape[2], pixels.shape[3])
-        noise = torch.stack([torch.randn(shape, generator=key_generator(item.key)) for item, _ in full])
-        encoded = {SAMPLE[0]: family.encode_pixels(vae, pixels, noise.to(device))}
-    return {name: tensor.cpu() for name, tensor in encoded.items()}
+        return dict(zip(MOMENTS, family.encode_moments(vae, pixels), strict=True))
+    shape = family.latent_shape(vae, pixels.shape[2], pixels.shape[3])
+    noise = torch.stack([torch.randn(shape, generator=key_generator(item.key)) for item, _ in full])
+    return {SAMPLE[0]: family.encode_pixels(vae, pixels, noise.to(device))}
 
 
 def _read_ahead(dataset: Path, items: Iterable[_Placed]) -> "Iterator[tuple[_Placed, Tensor]]":
-    """Each item with its pixels, in order; meanwhile threads prepare those that follow."""
+    """Each item with its pixels (uint8), in order; meanwhile threads prepare those that follow."""
     threads = min(MAX_THREADS, os.cpu_count() or 1)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="cache_vae")
     waiting: deque[tuple[_Placed, Future[Tensor]]] = deque()
@@ -260,12 +283,14 @@ def _read_ahead(dataset: Path, items: Iterable[_Placed]) -> "Iterator[tuple[_Pla
 
 
 def _pixels(dataset: Path, item: _Placed) -> "Tensor":
+    """The item's pixels, uint8; the bytes that are decoded are the ones that were hashed."""
     path = dataset / item.sample.file
-    if not path.is_file() or sha256_of(path) != item.sample.sha256:
+    data = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != item.sample.sha256:
         raise ArtifactError(
             f"{path}, the picture of {item.sample.id}, is missing or damaged; run download_dataset again"
         )
-    return to_pixels(open_picture(path), item.placement)
+    return to_bytes(decode_picture(data, path), item.placement)
 
 
 def _row(item: _Placed, shard: ShardEntry) -> LatentRow:

@@ -7,21 +7,24 @@ The fingerprint covers ids, bytes and captions; it does not depend on where the 
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from kubetuner.artifacts import (
     ARTIFACT_FILE,
     SAMPLES_FILE,
     DatasetArtifact,
-    FileEntry,
     Sample,
     Skipped,
+    canonical_json,
     describe_file,
-    fingerprint,
     read_artifact,
+    read_rows,
     sha256_of,
     verify_files,
     write_artifact,
@@ -34,6 +37,7 @@ from kubetuner.data.pictures import PictureError, check_picture
 from kubetuner.errors import DatasetError, on_one_line
 from kubetuner.progress import Progress
 from kubetuner.sources.base import PICTURE_EXTENSIONS, Item, ItemError, Listing, Source, as_planned
+from kubetuner.sources.items import Items
 from kubetuner.sources.subset import subset
 from kubetuner.sources.switch import open_source
 from kubetuner.sources.threads import in_threads
@@ -47,20 +51,21 @@ SHOWN_SKIPS = 5
 
 @dataclass(frozen=True)
 class _Origin:
-    """An opened dataset."""
+    """An opened dataset, the pictures to take in from it, in the order of reading, and their masks, if it has any."""
 
     settings: DatasetSource
     source: Source
     listing: Listing
+    items: Items
+    masks: MaskOrigin | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Picture:
     """A picture to take in."""
 
     origin: _Origin
     item: Item
-    masks: MaskOrigin | None
 
     @property
     def dataset(self) -> str:
@@ -103,76 +108,108 @@ def read_dataset(folder: Path) -> DatasetArtifact:
 
 
 def _download(section: DownloadSection, out: Path) -> DatasetArtifact:
-    taken: list[tuple[_Picture, Sample, tuple[FileEntry, ...]]] = []
     skipped: list[tuple[str, Skipped]] = []
+    others = {path for path in (out / FILES_FOLDER).rglob("*") if path.is_file()}
     with ExitStack() as stack:
-        pictures = _list(section, stack)
-        progress = stack.enter_context(Progress("download_dataset", len(pictures), "pictures"))
-        for picture, result in zip(pictures, _take_all(pictures, out), strict=True):
+        origins = _list(section, stack)
+        taken = _Taken(stack.enter_context(tempfile.TemporaryFile(dir=out)))
+        progress = Progress("download_dataset", sum(len(origin.items) for origin in origins), "pictures")
+        stack.enter_context(progress)
+        for picture, result in zip(_pictures(origins), _take_all(origins, out), strict=True):
             if isinstance(result, Skipped):
                 logger.warning("skipped %s: %s", on_one_line(result.name), result.reason)
                 skipped.append((picture.dataset, result))
+                taken.add(None)
             else:
-                taken.append((picture, *result))
+                others -= {out / result.file, out / result.mask}
+                taken.add(result)
             progress.advance(note=f"{len(skipped)} skipped" if skipped else "")
-    _judge(section, pictures, skipped)
-    samples = _in_order(section, taken)
-    entries = {entry.path: entry for _, _, files in taken for entry in files}
-    _remove_others(out, set(entries))
-    write_rows(out, SAMPLES_FILE, samples)
-    entries[SAMPLES_FILE] = describe_file(out, SAMPLES_FILE)
+        _judge(section, origins, skipped)
+        count = write_rows(out, SAMPLES_FILE, _in_order(origins, taken))
+    for path in others:  # Pictures that an earlier run left here and that are no longer in the dataset.
+        path.unlink()
     return DatasetArtifact(
-        fingerprint=fingerprint("dataset", [_content(sample) for sample in samples]),
-        files=tuple(entries[path] for path in sorted(entries)),
-        num_samples=len(samples),
+        fingerprint=_fingerprint(read_rows(out, SAMPLES_FILE, Sample)),
+        files=(describe_file(out, SAMPLES_FILE),),
+        num_samples=count,
         skipped=tuple(skip for _, skip in skipped),
     )
 
 
-def _content(sample: Sample) -> list[object]:
-    """What a sample is, wherever it came from."""
-    mask = [sample.mask, sample.mask_kind] if sample.mask else []
-    return [sample.id, sample.sha256, sample.captions, *mask]
+class _Taken:
+    """What became of the pictures, in the order of reading: rows in ``file``, 8 bytes each in memory."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._ends = array("Q", [0])
+
+    def add(self, sample: Sample | None) -> None:
+        """Append a sample, or ``None`` for a picture that was skipped."""
+        length = self._file.write(sample.model_dump_json().encode()) if sample else 0
+        self._ends.append(self._ends[-1] + length)
+
+    def __getitem__(self, index: int) -> Sample | None:
+        start, end = self._ends[index], self._ends[index + 1]
+        self._file.seek(start)
+        return Sample.model_validate_json(self._file.read(end - start)) if end > start else None
 
 
-def _list(section: DownloadSection, stack: ExitStack) -> list[_Picture]:
+def _fingerprint(samples: Iterable[Sample]) -> str:
+    """``fingerprint("dataset", [[id, sha256, captions, mask if any], …])``, one sample at a time."""
+    digest = hashlib.sha256(b'["dataset",[')
+    for index, sample in enumerate(samples):
+        mask = [sample.mask, sample.mask_kind] if sample.mask else []
+        text = canonical_json([sample.id, sample.sha256, sample.captions, *mask])
+        digest.update(f",{text}".encode() if index else text.encode())
+    digest.update(b"]]")
+    return digest.hexdigest()
+
+
+def _list(section: DownloadSection, stack: ExitStack) -> list[_Origin]:
     """Every dataset's pictures; what is wrong with any dataset is told at once. ``stack`` closes the sources."""
-    pictures: list[_Picture] = []
+    origins: list[_Origin] = []
     problems: list[str] = []
     masks = {dataset: one for one in section.masks for dataset in one.of}
     for settings in section.datasets:
         try:
             source = stack.enter_context(closing(open_source(settings)))
             listing = as_planned(source.listing(), settings.revision, settings.newest)
-            chosen = subset(listing.pictures, settings.id, settings.max_num_samples)
-            theirs = open_masks(masks[settings.id], chosen, stack) if settings.id in masks else None
+            items = subset(listing.pictures, settings.id, settings.max_num_samples)
+            theirs = open_masks(masks[settings.id], items, stack) if settings.id in masks else None
         except DatasetError as error:
             problems.append(f"dataset {settings.id!r}: {error}")
             continue
         if not listing.pictures:
             known = " ".join(sorted(PICTURE_EXTENSIONS))
             problems.append(f"dataset {settings.id!r}: no picture in {source.place} (looked for {known})")
-        origin = _Origin(settings, source, listing)
-        pictures += (_Picture(origin, item, theirs) for item in chosen)
+        origins.append(_Origin(settings, source, listing, items, theirs))
     if problems:
         raise DatasetError("; ".join(problems))
-    return pictures
+    return origins
 
 
-def _in_order(section: DownloadSection, taken: Sequence[tuple[_Picture, Sample, object]]) -> list[Sample]:
+def _pictures(origins: Sequence[_Origin]) -> Iterator[_Picture]:
+    """Every picture, in the order of reading."""
+    return (_Picture(origin, item) for origin in origins for item in origin.items)
+
+
+def _in_order(origins: Sequence[_Origin], taken: _Taken) -> Iterator[Sample]:
     """Samples by dataset, as the data file has them, and name; the order of reading differs from source to source."""
-    position = {settings.id: index for index, settings in enumerate(section.datasets)}
-    ordered = sorted(taken, key=lambda one: (position[one[0].dataset], one[0].item.name))
-    return [sample for _, sample, _ in ordered]
+    before = 0
+    for items in (origin.items for origin in origins):
+        for index in items.order():
+            if sample := taken[before + index]:
+                yield sample
+        before += len(items)
 
 
-def _take_all(pictures: Sequence[_Picture], out: Path) -> Iterator[tuple[Sample, tuple[FileEntry, ...]] | Skipped]:
-    """Take in ``pictures`` on several threads, in order."""
-    readers = max((picture.origin.source.readers for picture in pictures), default=1)
-    return in_threads(lambda picture: _take(picture, out), pictures, readers, "download")
+def _take_all(origins: Sequence[_Origin], out: Path) -> Iterator[Sample | Skipped]:
+    """Take in every picture on several threads, in order."""
+    readers = max(origin.source.readers for origin in origins)
+    return in_threads(lambda picture: _take(picture, out), _pictures(origins), readers, "download")
 
 
-def _take(picture: _Picture, out: Path) -> tuple[Sample, tuple[FileEntry, ...]] | Skipped:
+def _take(picture: _Picture, out: Path) -> Sample | Skipped:
     """Check one picture, and its mask, and copy their bytes; the bytes hashed are the ones that were decoded."""
     try:
         origin = picture.origin
@@ -180,33 +217,31 @@ def _take(picture: _Picture, out: Path) -> tuple[Sample, tuple[FileEntry, ...]] 
         _refuse_unprintable(picture, captions)
         data = origin.source.read(picture.item)
         info = check_picture(data)
-        mask = take_mask(picture.masks, picture.item, (info.width, info.height)) if picture.masks else None
+        mask = take_mask(origin.masks, picture.item, (info.width, info.height)) if origin.masks else None
     except (CaptionError, PictureError, ItemError) as error:
         return Skipped(name=picture.id, reason=error.reason)
-    entry = _keep(out, data, info.extension)
+    file, digest = _keep(out, data, info.extension)
+    kept = {} if mask is None else {"mask": _keep(out, mask.data, mask.extension)[0], "mask_kind": mask.kind}
     sample = Sample(
         id=picture.id,
         dataset=picture.dataset,
-        file=entry.path,
-        sha256=entry.sha256,
+        file=file,
+        sha256=digest,
         width=info.width,
         height=info.height,
         captions=captions,
     )
-    if mask is None:
-        return sample, (entry,)
-    kept = _keep(out, mask.data, mask.extension)
-    return sample.model_copy(update={"mask": kept.path, "mask_kind": mask.kind}), (entry, kept)
+    return sample.model_copy(update=kept)
 
 
-def _keep(out: Path, data: bytes, extension: str) -> FileEntry:
-    """Write ``data`` under the name that its content gives it, unless it is there."""
+def _keep(out: Path, data: bytes, extension: str) -> tuple[str, str]:
+    """Write ``data`` under the name that its content gives it, unless it is there; returns its path and SHA-256."""
     digest = hashlib.sha256(data).hexdigest()
     file = f"{FILES_FOLDER}/{digest[:2]}/{digest}.{extension}"
     target = out / file
     if not (target.is_file() and target.stat().st_size == len(data) and sha256_of(target) == digest):
         write_atomically(target, lambda path: _write_bytes(path, data))
-    return FileEntry(path=file, bytes=len(data), sha256=digest)
+    return file, digest
 
 
 def _refuse_unprintable(picture: _Picture, captions: tuple[str, ...]) -> None:
@@ -217,29 +252,22 @@ def _refuse_unprintable(picture: _Picture, captions: tuple[str, ...]) -> None:
         raise PictureError("its name is not UTF-8; rename it") from error
 
 
-def _judge(section: DownloadSection, pictures: Sequence[_Picture], skipped: Sequence[tuple[str, Skipped]]) -> None:
+def _judge(section: DownloadSection, origins: Sequence[_Origin], skipped: Sequence[tuple[str, Skipped]]) -> None:
     """Raise where a dataset lost too many pictures; ``skipped`` are pairs of dataset and picture."""
     problems: list[str] = []
-    for source in section.datasets:
-        total = sum(picture.dataset == source.id for picture in pictures)
-        lost = [skip for dataset, skip in skipped if dataset == source.id]
+    for origin in origins:
+        name, total = origin.settings.id, len(origin.items)
+        lost = [skip for dataset, skip in skipped if dataset == name]
         if len(lost) < total and len(lost) <= section.max_skipped_share * total:
             continue
         shown = "; ".join(f"{on_one_line(skip.name)}: {skip.reason}" for skip in lost[:SHOWN_SKIPS])
         more = f"; and {len(lost) - SHOWN_SKIPS} more (see the log)" if len(lost) > SHOWN_SKIPS else ""
-        problems.append(f"dataset {source.id!r}: {len(lost)} of {total} pictures cannot be used ({shown}{more})")
+        problems.append(f"dataset {name!r}: {len(lost)} of {total} pictures cannot be used ({shown}{more})")
     if problems:
         raise DatasetError(
             f"{'; '.join(problems)}. Allowed is a share of {section.max_skipped_share:g} and at least one usable "
             "picture: mend or remove the pictures named, or raise max_skipped_share"
         )
-
-
-def _remove_others(out: Path, wanted: set[str]) -> None:
-    """Remove pictures that an earlier run left in ``out`` and that are no longer in the dataset."""
-    for path in (out / FILES_FOLDER).rglob("*"):
-        if path.is_file() and path.relative_to(out).as_posix() not in wanted:
-            path.unlink()
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

@@ -10,6 +10,7 @@ from kubetuner.data.masks import Pairs, check_mask, misfit, pair
 from kubetuner.data.pictures import PictureError
 from kubetuner.errors import DatasetError, on_one_line
 from kubetuner.sources.base import Item, ItemError, Source, as_planned, named
+from kubetuner.sources.items import Items
 from kubetuner.sources.switch import open_source
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class TakenMask:
     kind: MaskKind
 
 
-def open_masks(settings: MaskSource, pictures: tuple[Item, ...], stack: ExitStack) -> MaskOrigin:
+def open_masks(settings: MaskSource, pictures: Items, stack: ExitStack) -> MaskOrigin:
     """Find the masks of ``pictures``; ``stack`` closes their source.
 
     Raises:

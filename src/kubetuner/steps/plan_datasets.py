@@ -105,6 +105,7 @@ def _measure(source: Source, measured: Measured, problems: list[Problem], masks:
     if masks is not None:
         masks.look(pictures)
     sizes = in_threads(lambda item: size_of(source, item), pictures, source.readers, "plan")
+    targets: dict[Size, Size] = {}
     with Progress(f"plan {measured.id}", len(pictures), "pictures") as progress:
         for item, size in zip(pictures, sizes, strict=True):
             progress.advance()
@@ -118,7 +119,9 @@ def _measure(source: Source, measured: Measured, problems: list[Problem], masks:
             elif masks is not None and (refusal := masks.refusal(item.name, size)):
                 measured.lose(item.name, refusal)
             else:
-                measured.buckets.setdefault(placement.bucket, []).append(placement.target_size)
+                # One object for each size, however many pictures have it.
+                target = targets.setdefault(placement.target_size, placement.target_size)
+                measured.buckets.setdefault(placement.bucket, []).append(target)
     _check_captions(pictures, listing, measured, problems)
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from kubetuner.artifacts import DatasetArtifact, Sample, read_artifact, read_rows, sha256_of, verify_files
+from kubetuner.artifacts import DatasetArtifact, Sample, fingerprint, read_artifact, read_rows, sha256_of, verify_files
 from kubetuner.config.source_sections import DatasetSource, DownloadSection
 from kubetuner.errors import ArtifactError, DatasetError
 from kubetuner.sources.local import LocalSource
@@ -73,7 +73,8 @@ def test_good_pictures(root: Path, tmp_path: Path) -> None:
     assert (samples["set/china.jpg"].width, samples["set/china.jpg"].height) == (640, 427)
     assert samples["set/wrongly_named.png"].file.endswith(".jpg")
     assert samples["set/wrongly_named.png"].captions == ("wrongly named",)
-    assert {entry.path for entry in artifact.files} == {
+    assert {"samples.jsonl"} == {entry.path for entry in artifact.files}
+    assert {"samples.jsonl", *(sample.file for sample in samples.values())} == {
         path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file() and path.name != "artifact.json"
     }
 
@@ -146,9 +147,16 @@ def test_a_second_run_mends_and_tidies(root: Path, tmp_path: Path) -> None:
     (root / "china.jpg").unlink()
     second = download_dataset(section(root), out)
     verify_files(out, second)
+    assert all(sha256_of(out / sample.file) == sample.sha256 for sample in rows(out).values())
     assert not (out / samples["set/china.jpg"].file).exists()
     assert second.num_samples == 4
     assert second.fingerprint != first.fingerprint
+
+
+def test_the_fingerprint_is_that_of_all_samples_at_once(root: Path, tmp_path: Path) -> None:
+    artifact = download_dataset(section(root), tmp_path / "out")
+    samples = rows(tmp_path / "out").values()
+    assert artifact.fingerprint == fingerprint("dataset", [[one.id, one.sha256, one.captions] for one in samples])
 
 
 def test_the_fingerprint_is_of_content_alone(root: Path, tmp_path: Path) -> None:
@@ -172,7 +180,8 @@ def test_equal_pictures_are_kept_once(root: Path, tmp_path: Path) -> None:
     artifact = download_dataset(section(root), tmp_path / "out")
     samples = rows(tmp_path / "out")
     assert samples["set/copy.jpg"].file == samples["set/china.jpg"].file
-    assert (artifact.num_samples, len(artifact.files)) == (6, 6)
+    assert artifact.num_samples == 6
+    assert len([path for path in (tmp_path / "out" / "files").rglob("*") if path.is_file()]) == 5
 
 
 def planned(root: Path) -> DownloadSection:

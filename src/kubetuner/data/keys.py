@@ -1,0 +1,69 @@
+"""Content keys of very many samples and the shard that each is in, in about 50 bytes a sample.
+
+As strings in a dictionary they would take five times as much.
+"""
+
+from collections.abc import Collection, Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kubetuner.artifacts import ShardEntry
+
+_NOWHERE = -1
+
+
+class Keys:
+    """Content keys (SHA-256, hex) by position; equal ones share a shard."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        digests = bytearray()
+        for key in keys:
+            digests += bytes.fromhex(key)
+        # numpy drops zeros at the end of such a value where one is taken out; in comparisons they do no harm.
+        self._distinct, self._first, numbers = np.unique(
+            np.frombuffer(digests, dtype="S32"), return_index=True, return_inverse=True
+        )
+        self._numbers = numbers.astype(np.uint32)
+        self._shard = np.full(len(self._distinct), _NOWHERE, dtype=np.int32)
+        self._shards: list[ShardEntry] = []
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, position: int) -> str:
+        number = int(self._numbers[position])
+        return self._distinct[number : number + 1].tobytes().hex()
+
+    def numbers(self, keys: Collection[str]) -> NDArray[np.int64]:
+        """The numbers of those of ``keys`` that are here, for :meth:`put`."""
+        if not keys or not len(self._distinct):
+            return np.empty(0, dtype=np.int64)
+        wanted = np.frombuffer(bytes.fromhex("".join(keys)), dtype="S32")
+        near = np.searchsorted(self._distinct, wanted).clip(max=len(self._distinct) - 1)
+        found: NDArray[np.int64] = near[self._distinct[near] == wanted]
+        return found
+
+    def put(self, numbers: NDArray[np.int64], shard: ShardEntry) -> None:
+        """Note that these keys are in ``shard``; what was noted of them before is forgotten."""
+        self._shard[numbers] = len(self._shards)
+        self._shards.append(shard)
+
+    def shard(self, position: int) -> ShardEntry | None:
+        """The shard that the key at ``position`` is in, or ``None``."""
+        number = int(self._shard[self._numbers[position]])
+        return None if number == _NOWHERE else self._shards[number]
+
+    def shards(self) -> tuple[ShardEntry, ...]:
+        """Every shard that a key is in, by file name."""
+        used = np.unique(self._shard[self._shard != _NOWHERE])
+        return tuple(sorted((self._shards[number] for number in used), key=lambda shard: shard.file))
+
+    def firsts(self) -> NDArray[np.int64]:
+        """The first position of every key, in the order of the keys."""
+        return self._first
+
+    def missing(self) -> NDArray[np.int64]:
+        """The first position of every key that is in no shard, in the order of the keys."""
+        first: NDArray[np.int64] = self._first[self._shard == _NOWHERE]
+        return first
