@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         size = int(answer.getheader("content-length") or 0) if self.command == "HEAD" else len(data)
         self._send(answer.status, kept, data, size=size, cut=fault.value if fault and fault.kind == "cut" else None)
 
-    do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_any  # noqa: N815
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_any  # noqa: N815
 
     def _send(
         self,

@@ -18,7 +18,7 @@ from kubetuner.steps.plan_datasets import (
     steps_per_epoch,
     unreadable_problems,
 )
-from kubetuner.steps.plan_machinery import library_problems
+from kubetuner.steps.plan_machinery import library_problems, store_problems
 from kubetuner.steps.plan_models import resolve_models
 from kubetuner.steps.plan_page import page
 
@@ -64,6 +64,7 @@ def make_plan(config: Mapping[str, object], data: Sequence[object] | None, *, cw
         problems.extend(unreadable_problems(one, sections.download.max_skipped_share))
     problems.extend(_alignment_problems(sections, run))
     problems.extend(library_problems(sections.train))
+    problems.extend(store_problems())
     if problems:
         raise ConfigError(problems)
     sections = _resolve_repeats(_resolve_datasets(sections, measured), measured)
