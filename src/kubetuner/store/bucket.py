@@ -15,6 +15,7 @@ Objects appear whole or not at all, and every change of one gives it another gen
 import base64
 import hashlib
 import logging
+import math
 import time
 import uuid
 import weakref
@@ -71,8 +72,9 @@ class Bucket:
         self._told = 0
         self._read_only = False
         self._mirror = Mirror(folder, bound, self._size, self._load)
-        # The other half is for shards that are fetched ahead.
-        self.leased_bytes = bound / 2
+        # Where not all shards fit: a third of the room each for those in use, those fetched ahead, and one in between.
+        self._share = bound / 3
+        self.leased_bytes = self._share
 
     def path(self, file: str) -> Path:
         """See :class:`Files`."""
@@ -161,16 +163,18 @@ class Bucket:
         self._sizes.update((shard.file, shard.bytes) for shard in shards)
         self._expected.update(dict.fromkeys(shard.file for shard in shards))
         fit = self._bytes(self._expected) <= self._mirror.bound
+        self.leased_bytes = math.inf if fit else self._share
         self._mirror.fetch_ahead(self._expected if fit else ())
         return fit
 
     def fetch_ahead(self, batches: Sequence[Collection[str]]) -> None:
         """See :class:`Files`."""
-        wanted: dict[str, None] = {}
-        for batch in batches:
-            wanted.update(dict.fromkeys(batch))
-            if self._bytes(wanted) > self.leased_bytes:
+        ahead, room = [], self._share
+        for file in dict.fromkeys(file for batch in batches for file in batch):
+            room -= self._size(file)
+            if room < 0:
                 break
+            ahead.append(file)
         needed = max(map(self._bytes, batches))
         if needed > max(self._mirror.bound, self._told):
             self._told = needed
@@ -179,7 +183,7 @@ class Bucket:
                 "its shards again; allow twice as much as a batch reads, better as much as all shards (%.3f)",
                 needed / 2**30, self._mirror.bound / 2**30, self._bytes(self._expected) / 2**30,
             )  # fmt: skip
-        self._mirror.fetch_ahead(wanted)
+        self._mirror.fetch_ahead(ahead)
 
     def remove(self, file: Stored) -> None:
         """See :class:`Files`."""

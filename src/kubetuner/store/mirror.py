@@ -145,24 +145,28 @@ class Mirror:
                 elif path.exists():
                     part.unlink()
                 else:
-                    self._fill(file, stream)
-                    date(part, path.stem)
-                    part.rename(path)
-                    self._sound.add(file)
+                    self._fill(file, part, stream)
 
-    def _fill(self, file: str, stream: IO[bytes]) -> None:
-        """Download a shard into ``stream``, hashing the bytes as they come."""
-        size = self._size(file)
-        stream.truncate(0)
-        self._make_room(size)
-        # It takes its room from the start, so that others who make room count it.
-        stream.truncate(size)
-        hashing = _Hashing(stream)
-        self._download(file, hashing)
-        stream.flush()
-        if stream.tell() != size or hashing.digest() != Path(file).stem:
-            self.path(file).with_suffix(".part").unlink(missing_ok=True)
-            raise DamagedError(WRONG_BYTES)
+    def _fill(self, file: str, part: Path, stream: IO[bytes]) -> None:
+        """Download a shard into ``stream``, hashing the bytes as they come, and put it in place."""
+        try:
+            size = self._size(file)
+            with _one_at_a_time(self.folder):
+                stream.truncate(0)
+                self._make_room(size)
+                # It takes its room from the start, so that others who make room count it.
+                stream.truncate(size)
+            hashing = _Hashing(stream)
+            self._download(file, hashing)
+            stream.flush()
+            if stream.tell() != size or hashing.digest() != part.stem:
+                raise DamagedError(WRONG_BYTES)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        date(part, part.stem)
+        part.rename(self.path(file))
+        self._sound.add(file)
 
     def _make_room(self, need: int) -> None:
         """Remove the least recently used shards that nobody has mapped until ``need`` more bytes fit."""
@@ -245,6 +249,17 @@ def configured() -> tuple[Path, int]:
     if not bound > 0 or math.isinf(bound):
         raise InputError(f"KUBETUNER_STORE_CACHE_GIB is {given!r}; expected GiB as a number above 0, such as 50")
     return folder, int(bound * 2**30)
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Among all threads and processes that do something with ``folder``."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _lock_alone(stream: IO[bytes]) -> bool:
