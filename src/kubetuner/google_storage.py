@@ -79,9 +79,17 @@ def list_objects(bucket: "Bucket", prefix: str, fields: str) -> "Iterator[Blob]"
 
 
 def repeated() -> "Retry":
-    """Repeats what the client's own retries leave: bytes that arrived damaged, connections cut at the wrong time."""
-    from google.api_core.retry import Retry, if_exception_type
+    """Repeats what the client's own retries leave.
+
+    That is bytes that arrived damaged, connections cut at the wrong time, and uploads whose session was lost (410).
+    """
+    from google.api_core.exceptions import GoogleAPICallError
+    from google.api_core.retry import Retry
     from google.cloud.storage.exceptions import DataCorruption
     from requests.exceptions import RequestException
 
-    return Retry(if_exception_type(DataCorruption, RequestException), initial=0.5, maximum=20.0, timeout=RETRY_SECONDS)
+    def passing(error: BaseException) -> bool:
+        lost = isinstance(error, GoogleAPICallError) and error.code == 410
+        return lost or isinstance(error, DataCorruption | RequestException)
+
+    return Retry(passing, initial=0.5, maximum=20.0, timeout=RETRY_SECONDS)

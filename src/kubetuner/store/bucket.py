@@ -162,7 +162,12 @@ class Bucket:
         """See :class:`Files`."""
         self._sizes.update((shard.file, shard.bytes) for shard in shards)
         self._expected.update(dict.fromkeys(shard.file for shard in shards))
-        fit = self._bytes(self._expected) <= self._mirror.bound
+        total = self._bytes(self._expected)
+        fit = total <= self._mirror.bound
+        logger.info(
+            "%s: %d shards, %.3f GiB, %s in %s",
+            self.place, len(self._expected), total / 2**30, "kept" if fit else "some of them kept", self._mirror.folder,
+        )  # fmt: skip
         self.leased_bytes = math.inf if fit else self._share
         self._mirror.fetch_ahead(self._expected if fit else ())
         return fit

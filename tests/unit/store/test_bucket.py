@@ -77,10 +77,11 @@ def test_passing_faults_are_outlived(proxy: FaultyProxy, bucket: Any, fault: tup
 
 
 def test_a_large_shard_is_uploaded_in_spite_of_faults(proxy: FaultyProxy, bucket: Any) -> None:
-    proxy.fail(r"PUT .*upload_id", "status", 503)
+    faults = [proxy.fail(r"PUT .*upload_id", "status", status) for status in (503, 410)]
     store = open_store(ADDRESS)
     shard = store.write_shard("space", samples(1, size=3 << 20))  # Above 8 MiB uploads are resumable.
-    assert any("uploadType=resumable" in line for line in proxy.requests)
+    assert sum("uploadType=resumable" in line for line in proxy.requests) == 2
+    assert all(rule.times == 0 for rule in faults)
     read(store, shard, 1, size=3 << 20)
 
 
@@ -250,6 +251,27 @@ def test_what_a_run_claims_while_gc_works_stays(
     open_store(ADDRESS).claim([shard])
     assert remove(store, found, (time.time() - since) / DAY) == []
     assert set(open_store(ADDRESS).known("space")) == {"k1"}
+
+
+def test_nothing_is_removed_that_changed_since_it_was_listed(
+    proxy: FaultyProxy, bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim or another writer comes between gc's last look and its removal: the removal's condition fails."""
+    import kubetuner.store as module
+
+    monkeypatch.setattr(module, "FRESH_SECONDS", 0.0)
+    proxy.metagenerations = {}
+    store, gc = open_store(ADDRESS), open_store(ADDRESS)
+    shard = store.write_shard("space", samples(1))
+    (entry,), (listed,) = gc.entries(), gc.files.listing("shards")
+    store.claim([shard])
+    gc.files.remove(entry)
+    store.write_shard("space", samples(1))  # Finds the shard there and marks it.
+    assert not gc.files.remove_unclaimed(listed, [], 0.0)
+    assert set(store.known("space")) == {"k1"}
+    for file in (*gc.entries(), *gc.files.listing("shards")):
+        gc.files.remove(file)
+    assert content(bucket) == {}
 
 
 def test_fresh_claims_are_not_made_again(proxy: FaultyProxy, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
