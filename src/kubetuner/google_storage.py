@@ -87,9 +87,10 @@ def repeated() -> "Retry":
     from google.api_core.retry import Retry
     from google.cloud.storage.exceptions import DataCorruption
     from requests.exceptions import RequestException
+    from urllib3.exceptions import HTTPError
 
     def passing(error: BaseException) -> bool:
         lost = isinstance(error, GoogleAPICallError) and error.code == 410
-        return lost or isinstance(error, DataCorruption | RequestException)
+        return lost or isinstance(error, DataCorruption | RequestException | HTTPError)
 
     return Retry(passing, initial=0.5, maximum=20.0, timeout=RETRY_SECONDS)

@@ -1,6 +1,7 @@
 """A store's files in a folder: a local disk or a shared volume."""
 
 import os
+import stat
 import time
 import uuid
 from collections.abc import Collection, Iterable, Sequence
@@ -38,7 +39,7 @@ class Folder:
         for path in sorted((self.root / folder).rglob("*")):
             with suppress(FileNotFoundError):
                 status = path.stat()
-                if path.is_dir():
+                if stat.S_ISDIR(status.st_mode):
                     continue
                 # Shards are not dated by the clock.
                 claimed = folder.startswith(INDEX) and path.suffix == ".json"
