@@ -97,6 +97,10 @@ def delayed(host: str) -> Iterator[str]:
     yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
 
 
 if __name__ == "__main__":
