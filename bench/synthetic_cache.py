@@ -15,11 +15,11 @@ from kubetuner.artifacts import (
     TensorSpec,
     TextEmbedsArtifact,
     TextRow,
-    fingerprint,
     list_files,
     write_artifact,
     write_rows,
 )
+from kubetuner.digests import fingerprint
 from kubetuner.store import Store
 
 

@@ -86,6 +86,7 @@ def child_environment(root: Path, out: Path) -> dict[str, str]:
     }
     defaults = {
         "KUBETUNER_STORE": str(out / "store"),
+        "KUBETUNER_STORE_CACHE": str(out / "store-cache"),
         "KUBETUNER_CHECKPOINTS": str(out / "checkpoints"),
         "KUBETUNER_MLFLOW_ARTIFACTS": str(out / "mlartifacts"),
         "MLFLOW_TRACKING_URI": f"sqlite:///{out / 'mlflow.db'}",

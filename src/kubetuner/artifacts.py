@@ -6,8 +6,6 @@ schema version they do not know, and verify checksums. Rows that there are many 
 JSON Lines, named and checksummed in ``artifact.json`` like every other payload file.
 """
 
-import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +15,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from kubetuner import __version__
+from kubetuner.digests import sha256_of
 from kubetuner.errors import ArtifactError
 
 ARTIFACT_FILE = "artifact.json"
@@ -277,28 +276,6 @@ _ADAPTER: TypeAdapter[AnyArtifact] = TypeAdapter(AnyArtifact)
 
 ArtifactT = TypeVar("ArtifactT", bound=Artifact)
 RecordT = TypeVar("RecordT", bound=Record)
-
-
-def fingerprint(*parts: object) -> str:
-    """SHA-256 (hex) of the canonical JSON of ``parts``: JSON values or :class:`Record` instances."""
-    return hashlib.sha256(canonical_json(list(parts)).encode()).hexdigest()
-
-
-def canonical_json(value: object) -> str:
-    """JSON with sorted keys and no spaces; equal values give equal text."""
-
-    def default(item: object) -> object:
-        if isinstance(item, BaseModel):
-            return item.model_dump(mode="json")
-        raise TypeError(f"{type(item).__name__} has no JSON form")
-
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=default)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -7,7 +7,6 @@ missing and encodes its samples again.
 """
 
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,9 @@ from kubetuner.artifacts import (
     TextEmbedsArtifact,
     read_artifact,
 )
-from kubetuner.errors import ArtifactError, InputError
-from kubetuner.store import Store
+from kubetuner.errors import InputError
+from kubetuner.store import DamagedShardError, Store
+from kubetuner.store.files import INDEX, SHARDS, Stored
 
 DAY = 86400.0
 # Steps renew their claims every hour; a day leaves room for pods that were held up.
@@ -52,32 +52,33 @@ class Garbage:
     """One thing in the store that nothing needs.
 
     Attributes:
-        path: A shard, or what a killed writer left.
+        file: A shard, or what a killed writer left.
         entries: Index entries of the shard.
-        bytes: Size of the file.
         reason: Why it may go, for a person.
     """
 
-    path: Path
-    entries: tuple[Path, ...]
-    bytes: int
+    file: Stored
+    entries: tuple[Stored, ...]
     reason: str
 
 
 def namespaces(store: Store, now: float) -> list[Namespace]:
     """All namespaces by name; ``now`` is the time as :func:`time.time` tells it."""
+    spaces: dict[str, list[Stored]] = defaultdict(list)
+    for entry in store.entries():
+        spaces[entry.namespace].append(entry)
     found = []
-    for folder in sorted(path for path in (store.root / "index").glob("*") if path.is_dir()):
-        entries = sorted(folder.glob("*.json"))
-        shards = [index.shard for entry in entries if (index := store.read_entry(entry)) is not None]
+    for name, entries in sorted(spaces.items()):
+        shards = [index.shard for index in store.read_entries(entries) if index is not None]
         if not shards:
             continue
         samples, size = sum(shard.samples for shard in shards), sum(shard.bytes for shard in shards)
-        found.append(Namespace(folder.name, len(shards), samples, size, now - max(map(_claimed, entries))))
+        claimed = max(entry.touched for entry in entries)
+        found.append(Namespace(name, len(shards), samples, size, now - claimed))
     return found
 
 
-def damaged(store: Store) -> Iterator[tuple[Path, int]]:
+def damaged(store: Store) -> Iterator[tuple[str, int]]:
     """Read all shards and yield those that are missing or damaged: the file and how many samples are lost.
 
     They are taken out of the index, so that the next cache step encodes their samples again.
@@ -85,13 +86,13 @@ def damaged(store: Store) -> Iterator[tuple[Path, int]]:
     for entry in store.entries():
         index = store.read_entry(entry)
         if index is None:
-            entry.unlink(missing_ok=True)
-            yield entry, 0
+            store.files.remove(entry)
+            yield f"{store.place}/{entry.name}", 0
             continue
         try:
             store.verify_bytes(index.shard.file)
-        except ArtifactError:
-            yield store.path(index.shard.file), len(index.keys)
+        except DamagedShardError:
+            yield store.where(index.shard.file), len(index.keys)
 
 
 def used_by_artifacts(folders: Sequence[Path]) -> set[str]:
@@ -130,19 +131,20 @@ def find_garbage(store: Store, kept: set[str], unused_days: float, now: float) -
             "recently may be needed by a run in progress."
         )
     limit = now - unused_days * DAY
-    entries: dict[str, list[Path]] = defaultdict(list)
-    for entry in store.entries():
-        entries[f"{entry.stem}.safetensors"].append(entry)
-    found = [
-        one
-        for path in sorted((store.root / "shards").glob("*"))
-        if path.name not in kept and (one := _garbage(path, entries.get(path.name, []), limit, now)) is not None
-    ]
-    # Half-written index entries, and those whose shard is gone.
-    loose = [*(store.root / "index").glob("*/.*.tmp")]
-    loose += [entry for file, known in entries.items() if not store.path(file).exists() for entry in known]
-    found += [Garbage(path, (), path.stat().st_size, "no shard") for path in loose if _moved(path) < limit]
-    return sorted(found, key=lambda one: one.path)
+    entries: dict[str, list[Stored]] = defaultdict(list)
+    loose: list[Stored] = []
+    for file in store.files.listing(INDEX):
+        # Half-written index entries are of no shard.
+        (loose if file.file.startswith(".") else entries[file.shard]).append(file)
+    found = []
+    for shard in store.files.listing(SHARDS):
+        its = entries.pop(shard.file, [])
+        if shard.file not in kept and (one := _garbage(shard, its, limit, now)) is not None:
+            found.append(one)
+    # What is left are entries whose shard is gone.
+    loose += [entry for known in entries.values() for entry in known]
+    found += [Garbage(file, (), "no shard") for file in loose if file.touched < limit]
+    return sorted(found, key=lambda one: one.file.name)
 
 
 def remove(store: Store, garbage: Iterable[Garbage], unused_days: float) -> list[Garbage]:
@@ -151,45 +153,16 @@ def remove(store: Store, garbage: Iterable[Garbage], unused_days: float) -> list
 
 
 def _remove(store: Store, one: Garbage, unused_days: float) -> bool:
-    if not one.entries:
-        one.path.unlink(missing_ok=True)
-        return True
-    # Steps claim first and look second. So the shard is taken aside first and its claims are looked at second: either
-    # we see the claim and put it back, or the step sees that it is missing.
-    aside = store.root / "shards" / f".removing-{uuid.uuid4().hex}"
-    try:
-        one.path.rename(aside)
-    except FileNotFoundError:  # Another gc was faster.
-        return False
-    if any(_claimed(entry) >= time.time() - unused_days * DAY for entry in one.entries):
-        aside.rename(one.path)
-        return False
-    for entry in one.entries:
-        entry.unlink(missing_ok=True)
-    aside.unlink()
+    if one.entries:
+        return store.files.remove_unclaimed(one.file, one.entries, time.time() - unused_days * DAY)
+    store.files.remove(one.file)
     return True
 
 
-def _garbage(path: Path, entries: Sequence[Path], limit: float, now: float) -> Garbage | None:
-    used = max(map(_claimed, entries)) if entries else _moved(path)
+def _garbage(shard: Stored, entries: Sequence[Stored], limit: float, now: float) -> Garbage | None:
+    used = max(entry.touched for entry in entries) if entries else shard.touched
     if used >= limit:
         return None
     days = (now - used) / DAY
     reason = f"not used for {days:.0f} days" if entries else f"left unfinished or forgotten {days:.0f} days ago"
-    return Garbage(path, tuple(entries), path.stat().st_size, reason)
-
-
-def _claimed(entry: Path) -> float:
-    """When an index entry was last claimed, in seconds; long ago for what is gone."""
-    try:
-        return entry.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
-
-
-def _moved(path: Path) -> float:
-    """When a file was last written or renamed, in seconds: shards are not dated by the clock."""
-    try:
-        return path.stat().st_ctime
-    except FileNotFoundError:
-        return 0.0
+    return Garbage(shard, tuple(entries), reason)

@@ -1,6 +1,7 @@
 """A reverse proxy over real HTTP that passes requests on and, when told to, answers badly."""
 
 import http.client
+import json
 import re
 import socket
 import struct
@@ -8,6 +9,7 @@ import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
+from urllib.parse import parse_qs, unquote
 
 Kind = Literal["status", "cut", "reset", "corrupt"]
 _HOP_BY_HOP = ("content-length", "transfer-encoding", "connection", "keep-alive")
@@ -34,6 +36,8 @@ class FaultyProxy:
     Attributes:
         requests: "METHOD path" of every request so far.
         ranges: The Range header of every GET that had one.
+        metagenerations: Object path → how often it was patched. Once it is a dict, the proxy adds what the emulator
+            lacks: patches change metagenerations, and removals compare them.
     """
 
     def __init__(self, upstream: str) -> None:
@@ -41,6 +45,7 @@ class FaultyProxy:
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.ranges: list[str] = []
+        self.metagenerations: dict[str, int] | None = None
         self.lock = threading.Lock()
         proxy = self
 
@@ -75,6 +80,28 @@ class FaultyProxy:
                     return fault
         return None
 
+    def allows(self, method: str, path: str) -> bool:
+        """Note a patch; whether the conditions of a removal are met."""
+        name, _, query = path.partition("?")
+        if self.metagenerations is None:
+            return True
+        with self.lock:
+            known = self.metagenerations.setdefault(unquote(name.rpartition("/o/")[2]), 1)
+            if method == "PATCH":
+                self.metagenerations[unquote(name.rpartition("/o/")[2])] = known + 1
+        expected = parse_qs(query).get("ifMetagenerationMatch")
+        return method != "DELETE" or expected is None or int(expected[0]) == known
+
+    def with_metagenerations(self, data: bytes) -> bytes:
+        """An answer about objects, with their metagenerations."""
+        if self.metagenerations is None or not data:
+            return data
+        answer = json.loads(data)
+        for item in (answer, *answer.get("items", ())):
+            if "metageneration" in item:
+                item["metageneration"] = str(self.metagenerations.get(item["name"], 1))
+        return json.dumps(answer).encode()
+
 
 class _QuietServer(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
@@ -97,6 +124,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.kind == "reset":
             self._hang_up()
             return
+        if not self.state.allows(self.command, self.path):
+            self._send(412, [("Content-Type", "application/json")], b'{"error": {"message": "condition not met"}}')
+            return
         connection = http.client.HTTPConnection(self.state.upstream, timeout=30)
         headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_BY_HOP}
         connection.request(self.command, self.path, body, headers)
@@ -110,12 +140,13 @@ class _Handler(BaseHTTPRequestHandler):
         if (answer.getheader("content-type") or "").startswith("application/json"):
             # Addresses in answers lead back through the proxy.
             data = data.replace(self.state.upstream.encode(), self.state.host.encode())
+            data = self.state.with_metagenerations(data)
         if fault and fault.kind == "corrupt" and data:
             data = bytes([data[0] ^ 0xFF]) + data[1:]
         size = int(answer.getheader("content-length") or 0) if self.command == "HEAD" else len(data)
         self._send(answer.status, kept, data, size=size, cut=fault.value if fault and fault.kind == "cut" else None)
 
-    do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_any  # noqa: N815
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_any  # noqa: N815
 
     def _send(
         self,

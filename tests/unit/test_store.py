@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kubetuner.artifacts import sha256_of
+from kubetuner.digests import sha256_of
 from kubetuner.errors import ArtifactError
 from kubetuner.store import Store, resolve_store
 from tests.unit.conftest import fork, wait
@@ -180,7 +180,7 @@ def test_a_writer_killed_before_any_rename_leaves_nothing_visible(
 
     whole = Store(tmp_path / "whole")
     whole.write_shard("space", _numbered(1, 2))
-    assert _visible(store.root) == _visible(whole.root)
+    assert _visible(tmp_path / "store") == _visible(tmp_path / "whole")
 
 
 def test_a_store_survives_kills_at_any_moment(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_store_survives_kills_at_any_moment(tmp_path: Path) -> None:
 
     complete(killed)
 
-    assert _visible(killed.root) == _visible(whole.root)
+    assert _visible(tmp_path / "killed") == _visible(tmp_path / "whole")
 
 
 def test_two_processes_may_write_one_store_at_once(tmp_path: Path) -> None:
@@ -241,9 +241,9 @@ def test_two_processes_may_find_the_same_damage_at_once(tmp_path: Path) -> None:
 
 def test_the_environment_names_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBETUNER_STORE", raising=False)
-    assert resolve_store(tmp_path / "artifact").root == tmp_path / "artifact"
+    assert resolve_store(tmp_path / "artifact").place == str(tmp_path / "artifact")
     monkeypatch.setenv("KUBETUNER_STORE", str(tmp_path / "shared"))
-    assert resolve_store(tmp_path / "artifact").root == tmp_path / "shared"
+    assert resolve_store(tmp_path / "artifact").place == str(tmp_path / "shared")
 
 
 def _expect_nothing(store: Store) -> None:

@@ -19,8 +19,9 @@ def fill(store: Store, name: str, namespace: str = "latents-a", samples: int = 2
 
 def unused_for(store: Store, shard: ShardEntry, days: float) -> None:
     then = time.time() - days * DAY
-    for entry in store.entries(shard.file):
-        os.utime(entry, (then, then))
+    for entry in store.entries():
+        if entry.shard == shard.file:
+            os.utime(Path(store.place) / entry.name, (then, then))
 
 
 def rot(path: Path) -> None:
@@ -57,7 +58,7 @@ def test_rot_is_found_by_verify_and_encoded_again(tmp_path: Path) -> None:
     rot(tmp_path / "shards" / bad.file)
     assert set(Store(tmp_path).known("latents-a")) == {"a0", "a1", "bb0", "bb1"}  # Its date is as it was.
 
-    assert list(damaged(Store(tmp_path))) == [(tmp_path / "shards" / bad.file, 2)]
+    assert list(damaged(Store(tmp_path))) == [(str(tmp_path / "shards" / bad.file), 2)]
 
     assert set(Store(tmp_path).known("latents-a")) == {"a0", "a1"}
     assert list(damaged(Store(tmp_path))) == []
@@ -94,7 +95,7 @@ def test_a_file_that_looks_different_is_hashed_at_the_start(
 
 
 def test_sound_shards_are_hashed_once_after_they_were_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import kubetuner.store as module
+    import kubetuner.store.folder as module
 
     shard = fill(Store(tmp_path), "a")
     hashed: list[Path] = []
@@ -117,7 +118,7 @@ def test_only_wanted_samples_are_looked_at_and_claimed(tmp_path: Path) -> None:
 
     assert Store(tmp_path).known("latents-a", {"a1", "c0"}) == {"a1": used}
 
-    assert [one.path.name for one in garbage(store)] == [other.file]
+    assert [one.file.file for one in garbage(store)] == [other.file]
 
 
 def test_gc_spares_what_artifacts_and_runs_use(tmp_path: Path) -> None:
@@ -131,11 +132,11 @@ def test_gc_spares_what_artifacts_and_runs_use(tmp_path: Path) -> None:
     write_artifact_in(tmp_path / "runs" / "one" / "latents", artifact)
 
     found = garbage(store, used_by_artifacts([tmp_path / "runs"]))
-    assert [one.path.name for one in found] == [old.file]
+    assert [one.file.file for one in found] == [old.file]
     assert remove(store, found, 14) == found
 
     assert set(store.known("latents-a")) == {"a0", "a1", "ccc0", "ccc1"}
-    assert {path.name for path in (store.root / "shards").iterdir()} == {kept.file, recent.file}
+    assert {path.name for path in (Path(store.place) / "shards").iterdir()} == {kept.file, recent.file}
 
 
 def write_artifact_in(folder: Path, artifact: LatentsArtifact) -> None:
@@ -180,7 +181,7 @@ def test_leftovers_go_when_they_are_old(tmp_path: Path) -> None:
         path.write_bytes(b"half")
     assert garbage(store, days=3, later=2) == []
     found = garbage(store, kept={shard.file}, days=1, later=2)
-    assert {one.path for one in found} == set(leftovers)
+    assert {tmp_path / one.file.name for one in found} == set(leftovers)
     remove(store, found, 1)
     assert not any(path.exists() for path in leftovers)
     assert store.path(shard.file).exists()

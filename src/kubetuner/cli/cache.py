@@ -9,7 +9,7 @@ import click
 
 from kubetuner.errors import ArtifactError, InputError
 from kubetuner.steps.plan_page import amount
-from kubetuner.store import STORE_VARIABLE, Store
+from kubetuner.store import STORE_VARIABLE, Store, open_store
 from kubetuner.storekeeping import (
     DAY,
     damaged,
@@ -20,9 +20,9 @@ from kubetuner.storekeeping import (
 )
 
 
-def list_store(folder: Path | None) -> None:
+def list_store(address: str | None) -> None:
     """Print a line per namespace and their sum."""
-    found = namespaces(_store(folder), time.time())
+    found = namespaces(_store(address), time.time())
     rows = [("namespace", "shards", "samples", "bytes", "last used")]
     rows += [
         (one.name, f"{one.shards:,}", f"{one.samples:,}", amount(one.bytes), _ago(one.unused_seconds)) for one in found
@@ -35,13 +35,13 @@ def list_store(folder: Path | None) -> None:
         click.echo("  ".join([f"{name:<{widths[0]}}", *cells]).rstrip())
 
 
-def verify_store(folder: Path | None) -> None:
+def verify_store(address: str | None) -> None:
     """Read every byte and compare checksums.
 
     Raises:
         ArtifactError: Some shards are damaged; each is named before.
     """
-    store = _store(folder)
+    store = _store(address)
     lost = 0
     for path, samples in damaged(store):
         click.echo(f"damaged: {path} ({samples} samples)", err=True)
@@ -49,30 +49,30 @@ def verify_store(folder: Path | None) -> None:
     total = len(store.entries()) + lost
     if lost:
         raise ArtifactError(
-            f"{lost} of {total} shards in {store.root} are missing or damaged; the next cache_vae or "
+            f"{lost} of {total} shards in {store.place} are missing or damaged; the next cache_vae or "
             "cache_text_embeds that needs their samples encodes them again."
         )
     click.echo(f"{total} shards are whole")
 
 
-def collect_garbage(folder: Path | None, keep: Sequence[Path], unused_days: float, *, dry_run: bool) -> None:
+def collect_garbage(address: str | None, keep: Sequence[Path], unused_days: float, *, dry_run: bool) -> None:
     """Remove what no artifact below ``keep`` uses and no step has used for ``unused_days``."""
-    store = _store(folder)
+    store = _store(address)
     found = find_garbage(store, used_by_artifacts(keep), unused_days, time.time())
     chosen = found if dry_run else remove(store, found, unused_days)
     for one in chosen:
-        click.echo(f"{one.path.relative_to(store.root)}  {amount(one.bytes)}  {one.reason}")
-    size = amount(sum(one.bytes for one in chosen))
+        click.echo(f"{one.file.name}  {amount(one.file.bytes)}  {one.reason}")
+    size = amount(sum(one.file.bytes for one in chosen))
     click.echo(f"{'would remove' if dry_run else 'removed'} {len(chosen)} files, {size}")
 
 
-def _store(folder: Path | None) -> Store:
-    root = folder or (Path(named) if (named := os.environ.get(STORE_VARIABLE, "")) else None)
-    if root is None:
-        raise InputError(f"--store FOLDER is missing, and {STORE_VARIABLE} is not set.")
-    if not root.is_dir():
-        raise InputError(f"{root} is not a folder; expected a store, such as the folder store/ of a run.")
-    return Store(root)
+def _store(address: str | None) -> Store:
+    named = address or os.environ.get(STORE_VARIABLE, "")
+    if not named:
+        raise InputError(f"--store is missing, and {STORE_VARIABLE} is not set.")
+    if "://" not in named and not Path(named).is_dir():
+        raise InputError(f"{named} is not a folder; expected a store, such as the folder store/ of a run.")
+    return open_store(named)
 
 
 def _ago(seconds: float) -> str:

@@ -110,28 +110,27 @@ def cache() -> None:
 
 STORE = click.option(
     "--store",
-    "store_folder",
-    type=click.Path(path_type=Path),
-    help="The store, such as runs/demo/store; $KUBETUNER_STORE by default.",
+    "address",
+    help="The store, such as runs/demo/store or gs://bucket/prefix; $KUBETUNER_STORE by default.",
 )
 
 
 @cache.command()
 @STORE
-def ls(store_folder: Path | None) -> None:
+def ls(address: str | None) -> None:
     """Show what there is: shards, samples, bytes and age."""
     from kubetuner.cli.cache import list_store
 
-    list_store(store_folder)
+    list_store(address)
 
 
 @cache.command()
 @STORE
-def verify(store_folder: Path | None) -> None:
+def verify(address: str | None) -> None:
     """Check every checksum. Damaged shards are named, and encoded again by the next run that needs them."""
     from kubetuner.cli.cache import verify_store
 
-    verify_store(store_folder)
+    verify_store(address)
 
 
 @cache.command()
@@ -144,11 +143,11 @@ def verify(store_folder: Path | None) -> None:
 )
 @click.option("--unused-days", default=14.0, show_default=True, help="Only what no run has used for so long; from 1.")
 @click.option("--dry-run", is_flag=True, help="Show what would be removed.")
-def gc(store_folder: Path | None, keep: tuple[Path, ...], unused_days: float, dry_run: bool) -> None:
+def gc(address: str | None, keep: tuple[Path, ...], unused_days: float, dry_run: bool) -> None:
     """Remove samples that no run uses any more, and what killed runs left."""
     from kubetuner.cli.cache import collect_garbage
 
-    collect_garbage(store_folder, keep, unused_days, dry_run=dry_run)
+    collect_garbage(address, keep, unused_days, dry_run=dry_run)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,13 +21,12 @@ from kubetuner.artifacts import (
 )
 from kubetuner.config.sections import EvaluateSection
 from kubetuner.data.latents import draw_latents, key_generator, latent_names
-from kubetuner.data.shards import ShardReader
+from kubetuner.data.shards import CachedShards
 from kubetuner.errors import ArtifactError
 from kubetuner.families.base import Named
-from kubetuner.store import resolve_store
 
-# Where a sample's latents are: the reader, their row and the tensors' names.
-_Place = tuple[ShardReader, LatentRow, tuple[str, ...]]
+# Where a sample's latents are: their row and the tensors' names.
+_Place = tuple[LatentRow, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,16 @@ class _Texts:
     """Which texts a sample has and where each text's embedding is."""
 
     captions: dict[str, tuple[str, ...]]
-    places: dict[str, tuple[ShardReader, TextRow]]
+    rows: dict[str, TextRow]
 
-    def tensors(self, text: str, names: Sequence[str]) -> Named:
-        if text not in self.places:
+    def row(self, text: str) -> TextRow:
+        if text not in self.rows:
             raise ArtifactError(f"no embedding of {text!r} in the text embeds; run cache_text_embeds again")
-        reader, row = self.places[text]
-        tensors = reader.tensors(row.key, row.shard, names)
+        return self.rows[text]
+
+    def tensors(self, shards: CachedShards, text: str, names: Sequence[str]) -> Named:
+        row = self.row(text)
+        tensors = shards.tensors(row.key, row.shard, names)
         return {name: _single(tensor) for name, tensor in tensors.items()}
 
 
@@ -78,43 +80,46 @@ def read_held_out(
     Raises:
         ArtifactError: A sample has no caption, or a caption no embedding.
     """
-    places = [place for place in _latent_rows(latents) if place[1].dataset in section.eval_datasets]
+    shards = CachedShards()
+    places = [place for place in _latent_rows(latents, shards) if place[0].dataset in section.eval_datasets]
     chosen: list[_Place] = []
     for dataset in dict.fromkeys(section.eval_datasets):
-        ranked = sorted((p for p in places if p[1].dataset == dataset), key=lambda p: _rank(p[1].sample))
+        ranked = sorted((p for p in places if p[0].dataset == dataset), key=lambda p: _rank(p[0].sample))
         chosen.extend(ranked[: section.num_eval_images])
     if not chosen:
         return None
-    texts = _read_texts(text_embeds)
-    samples = []
-    for reader, row, names in chosen:
+    texts = _read_texts(text_embeds, shards)
+    for row, _ in chosen:
         if not texts.captions.get(row.sample):
             raise ArtifactError(
                 f"{row.sample} has latents and no caption in the text embeds; were both made of one dataset?"
             )
-        drawn = draw_latents(reader.tensors(row.key, row.shard, names), key_generator(row.key))
-        text = texts.tensors(texts.captions[row.sample][0], text_tensors)
-        samples.append(HeldOutSample(row, drawn, text))
-    return HeldOut(tuple(samples), texts.tensors("", text_tensors))
+    captions = [texts.captions[row.sample][0] for row, _ in chosen]
+    shards.verify({row.shard for row, _ in chosen} | {texts.row(text).shard for text in ("", *captions)})
+    samples = []
+    for (row, names), caption in zip(chosen, captions, strict=True):
+        drawn = draw_latents(shards.tensors(row.key, row.shard, names), key_generator(row.key))
+        samples.append(HeldOutSample(row, drawn, texts.tensors(shards, caption, text_tensors)))
+    return HeldOut(tuple(samples), texts.tensors(shards, "", text_tensors))
 
 
-def _latent_rows(folders: Sequence[Path]) -> Iterator[_Place]:
+def _latent_rows(folders: Sequence[Path], shards: CachedShards) -> Iterator[_Place]:
     for folder in folders:
-        names = latent_names(read_artifact(folder, LatentsArtifact))
-        reader = ShardReader(resolve_store(folder))
+        artifact = read_artifact(folder, LatentsArtifact)
+        names = latent_names(artifact)
+        shards.add(folder, artifact.shards)
         for row in read_rows(folder, LATENTS_FILE, LatentRow):
-            yield reader, row, names
+            yield row, names
 
 
-def _read_texts(folders: Sequence[Path]) -> _Texts:
+def _read_texts(folders: Sequence[Path], shards: CachedShards) -> _Texts:
     texts = _Texts({}, {})
     for folder in folders:
-        read_artifact(folder, TextEmbedsArtifact)
-        reader = ShardReader(resolve_store(folder))
+        shards.add(folder, read_artifact(folder, TextEmbedsArtifact).shards)
         for caption in read_rows(folder, CAPTIONS_FILE, CaptionRow):
             texts.captions[caption.sample] = caption.texts
         for row in read_rows(folder, TEXTS_FILE, TextRow):
-            texts.places[row.text] = (reader, row)
+            texts.rows[row.text] = row
     return texts
 
 

@@ -4,7 +4,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from kubetuner.artifacts import ADAPTER_FILES, PIPELINE_FOLDER, FileEntry, ModelArtifact, sha256_of, verify_files
+from kubetuner.artifacts import ADAPTER_FILES, PIPELINE_FOLDER, FileEntry, ModelArtifact, verify_files
+from kubetuner.digests import sha256_of
 from kubetuner.errors import KubetunerError
 from kubetuner.tracking import fetch_model
 

@@ -1,20 +1,13 @@
-"""Pictures in a Google Cloud Storage bucket (``type: gcs``, ``instance_data_dir: gs://bucket/prefix``).
+"""Pictures in a Google Cloud Storage bucket (``type: gcs``, ``instance_data_dir: gs://bucket/prefix``)."""
 
-Credentials are Google's usual ones: workload identity on a cluster, ``GOOGLE_APPLICATION_CREDENTIALS``, or those of
-``gcloud auth application-default login``. Without any, requests are anonymous, which is enough for public buckets and
-for the emulator that ``STORAGE_EMULATOR_HOST`` names.
-"""
-
-import logging
-import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from kubetuner.config.source_sections import DatasetSource
 from kubetuner.errors import DatasetError
+from kubetuner.google_storage import connect, list_objects, request_options, split_address
 from kubetuner.sources.base import (
     Item,
     Listing,
@@ -28,19 +21,11 @@ from kubetuner.sources.base import (
 )
 
 if TYPE_CHECKING:
-    from google.cloud.storage import Blob, Client
+    from google.cloud.storage import Blob
 
-logger = logging.getLogger(__name__)
-
-PAGE_SIZE = 1000
 CHUNK_BYTES = 32 << 20
 """Larger objects are read in parts of this size, several at once."""
-RETRY_SECONDS = 120.0
-"""How long the client repeats one request that fails for passing reasons."""
-REQUEST_SECONDS = 60.0
-_SCOPE = "https://www.googleapis.com/auth/devstorage.read_only"
-_FIELDS = "items(name,size,generation,crc32c,contentEncoding,timeCreated),nextPageToken"
-_ADDRESS = re.compile(r"gs://([^/]+)(?:/(.*))?")
+_FIELDS = "name,size,generation,crc32c,contentEncoding,timeCreated"
 
 Result = TypeVar("Result")
 
@@ -49,18 +34,18 @@ class GcsSource:
     """The objects below a prefix; each is read at the generation that was listed."""
 
     key = "instance_data_dir"
-    readers = 10
+    # Small objects take one answer's delay each, whatever their size: bench/README.md has rates by number of readers.
+    readers = 24
 
     def __init__(self, settings: DatasetSource) -> None:
-        match = _ADDRESS.fullmatch(settings.instance_data_dir)
-        if match is None:
+        parts = split_address(settings.instance_data_dir)
+        if parts is None:
             raise DatasetError(
                 f"{settings.instance_data_dir!r} is no address like gs://bucket/prefix; check {self.key}"
             )
         self.place = settings.instance_data_dir
-        self._client = _client()
-        self._bucket = self._client.bucket(match[1])
-        self._prefix = f"{match[2].rstrip('/')}/" if (match[2] or "").strip("/") else ""
+        self._client = connect("read_only", self.readers, DatasetError)
+        self._bucket, self._prefix = self._client.bucket(parts[0]), parts[1]
 
     def listing(self) -> Listing:
         """See :class:`Source`."""
@@ -73,7 +58,7 @@ class GcsSource:
             blob = self._blob(item)
             if item.size > CHUNK_BYTES:
                 return verify(item, _in_chunks(blob))
-            return verify(item, blob.download_as_bytes(checksum="crc32c", **_request()))
+            return verify(item, blob.download_as_bytes(checksum="crc32c", **request_options()))
 
         return self._calling(f"reading {self._address(item)}", fetch)
 
@@ -83,22 +68,25 @@ class GcsSource:
             return self.read(item)
 
         def fetch() -> bytes:
-            return bytes(self._blob(item).download_as_bytes(start=0, end=length - 1, checksum=None, **_request()))
+            return bytes(
+                self._blob(item).download_as_bytes(start=0, end=length - 1, checksum=None, **request_options())
+            )
 
         return self._calling(f"reading the start of {self._address(item)}", fetch)
 
     def read_table(self, path: str) -> tuple[Item, bytes]:
         """See :class:`~kubetuner.sources.captioned.HoldsTables`."""
-        match = _ADDRESS.fullmatch(path)
-        bucket = self._client.bucket(match[1]) if match else self._bucket
-        name = (match[2] if match else path) or ""
+        parts = split_address(path)
+        bucket = self._client.bucket(parts[0]) if parts else self._bucket
+        name = parts[1].removesuffix("/") if parts else path
 
         def fetch() -> tuple[Item, bytes]:
-            blob = bucket.get_blob(name, **_request())
+            blob = bucket.get_blob(name, **request_options())
             if blob is None:
                 raise DatasetError(f"there is no gs://{bucket.name}/{name}; check parquet.path")
             item = Item(path, blob.size, str(blob.generation), _written(blob))
-            return item, blob.download_as_bytes(checksum="crc32c", if_generation_match=blob.generation, **_request())
+            options = {"checksum": "crc32c", "if_generation_match": blob.generation, **request_options()}
+            return item, blob.download_as_bytes(**options)
 
         return self._calling(f"reading gs://{bucket.name}/{name}", fetch)
 
@@ -107,10 +95,7 @@ class GcsSource:
         self._client.close()
 
     def _items(self) -> Iterator[Item]:
-        blobs = self._client.list_blobs(
-            self._bucket, prefix=self._prefix, page_size=PAGE_SIZE, fields=_FIELDS, **_request()
-        )
-        for blob in blobs:
+        for blob in list_objects(self._bucket, self._prefix, _FIELDS):
             name = blob.name.removeprefix(self._prefix)
             if not (is_picture(name) or is_text(name)):
                 continue
@@ -169,32 +154,6 @@ def _advice(what: str, status: int) -> str:
     return f"the request was refused ({status})"
 
 
-def _client() -> "Client":
-    import google.auth
-    from google.auth.credentials import AnonymousCredentials
-    from google.auth.exceptions import DefaultCredentialsError
-    from google.cloud import storage
-
-    credentials, project = AnonymousCredentials(), None
-    if not os.environ.get("STORAGE_EMULATOR_HOST"):
-        try:
-            credentials, project = google.auth.default(scopes=[_SCOPE])
-        except DefaultCredentialsError as error:
-            if path := os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):
-                raise DatasetError(
-                    f"GOOGLE_APPLICATION_CREDENTIALS is {path!r}, which cannot be used: {error}"
-                ) from error
-            logger.info("there are no Google credentials: requests are anonymous")
-    # A project is asked for but not used: names of buckets are unique in the world.
-    return storage.Client(project=project or "none", credentials=credentials)
-
-
-def _request() -> dict[str, Any]:
-    from google.cloud.storage.retry import DEFAULT_RETRY
-
-    return {"timeout": REQUEST_SECONDS, "retry": DEFAULT_RETRY.with_timeout(RETRY_SECONDS)}
-
-
 def _in_chunks(blob: "Blob") -> bytes:
     """A large object by Google's transfer manager: parts on several threads."""
     from google.cloud.storage import transfer_manager
@@ -205,7 +164,7 @@ def _in_chunks(blob: "Blob") -> bytes:
             blob,
             str(path),
             chunk_size=CHUNK_BYTES,
-            download_kwargs=_request(),
+            download_kwargs=request_options(),
             worker_type=transfer_manager.THREAD,
             crc32c_checksum=True,
         )

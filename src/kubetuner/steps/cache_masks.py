@@ -13,10 +13,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from kubetuner.artifacts import Sample, ShardEntry, TensorSpec, fingerprint
+from kubetuner.artifacts import Sample, ShardEntry, TensorSpec
 from kubetuner.config.sections import CacheVaeSection
 from kubetuner.data.geometry import Placement
 from kubetuner.data.masks import WEIGHTS, to_weights
+from kubetuner.digests import fingerprint
 from kubetuner.errors import ArtifactError
 from kubetuner.sources.threads import in_threads
 from kubetuner.steps.plan_costs import vae_shape

@@ -19,7 +19,6 @@ from kubetuner.artifacts import (
     TextEmbedsArtifact,
     TextRow,
     describe_file,
-    fingerprint,
     read_rows,
     write_artifact,
     write_rows,
@@ -28,6 +27,7 @@ from kubetuner.config.sections import CacheTextSection
 from kubetuner.data.caption_edits import edit_captions
 from kubetuner.data.keys import Keys
 from kubetuner.data.rows import RowFile
+from kubetuner.digests import fingerprint
 from kubetuner.progress import Progress
 from kubetuner.steps.download_dataset import read_dataset
 from kubetuner.store import Store, resolve_store

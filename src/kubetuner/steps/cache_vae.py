@@ -26,7 +26,6 @@ from kubetuner.artifacts import (
     Skipped,
     TensorSpec,
     describe_file,
-    fingerprint,
     write_artifact,
     write_rows,
 )
@@ -35,6 +34,7 @@ from kubetuner.data.geometry import LeftOut, Placement, place
 from kubetuner.data.keys import Keys
 from kubetuner.data.pictures import decode_picture, to_bytes, to_floats
 from kubetuner.data.rows import RowFile
+from kubetuner.digests import fingerprint
 from kubetuner.errors import ArtifactError
 from kubetuner.progress import Progress
 from kubetuner.steps.cache_masks import CachedMasks, cache_masks

@@ -21,11 +21,9 @@ from kubetuner.artifacts import (
     DatasetArtifact,
     Sample,
     Skipped,
-    canonical_json,
     describe_file,
     read_artifact,
     read_rows,
-    sha256_of,
     verify_files,
     write_artifact,
     write_atomically,
@@ -34,6 +32,7 @@ from kubetuner.artifacts import (
 from kubetuner.config.source_sections import DatasetSource, DownloadSection
 from kubetuner.data.captions import CaptionError, captions_for
 from kubetuner.data.pictures import PictureError, check_picture
+from kubetuner.digests import canonical_json, sha256_of
 from kubetuner.errors import DatasetError, on_one_line
 from kubetuner.progress import Progress
 from kubetuner.sources.base import PICTURE_EXTENSIONS, Item, ItemError, Listing, Source, as_planned

@@ -16,7 +16,6 @@ from kubetuner.artifacts import (
     LatentsArtifact,
     ModelArtifact,
     TextEmbedsArtifact,
-    fingerprint,
     list_files,
     read_artifact,
     read_rows,
@@ -24,6 +23,7 @@ from kubetuner.artifacts import (
     write_text,
 )
 from kubetuner.config.sections import EvaluateSection
+from kubetuner.digests import fingerprint
 from kubetuner.errors import ArtifactError
 
 if TYPE_CHECKING:

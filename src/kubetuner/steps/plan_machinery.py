@@ -1,12 +1,14 @@
-"""What the settings of a run's machinery need to be installed."""
+"""What a run's machinery needs: libraries, and a store that can be used."""
 
+import os
 from importlib.util import find_spec
 
 from kubetuner.config.attention import PACKAGES, is_installed
 from kubetuner.config.compilation import missing_compiler
 from kubetuner.config.precision import missing_library
 from kubetuner.config.sections import TrainSection
-from kubetuner.errors import Problem
+from kubetuner.errors import ArtifactError, InputError, Problem
+from kubetuner.store import STORE_VARIABLE, open_store
 
 
 def library_problems(train: TrainSection) -> list[Problem]:
@@ -34,3 +36,15 @@ def library_problems(train: TrainSection) -> list[Problem]:
         )
         problems.append(Problem("config.json.dynamo_backend", message))
     return problems
+
+
+def store_problems() -> list[Problem]:
+    """What is wrong with the store that the environment names: steps would find out after hours of work."""
+    address = os.environ.get(STORE_VARIABLE, "")
+    if not address:
+        return []
+    try:
+        open_store(address).files.check()
+    except (ArtifactError, InputError) as error:
+        return [Problem(STORE_VARIABLE, f"is {address!r}; {error}")]
+    return []

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kubetuner.artifacts import canonical_json, sha256_of
 from kubetuner.config.adapter_sections import LoraSettings
 from kubetuner.config.sections import ModelRef, Sections
+from kubetuner.digests import canonical_json, sha256_of
 from kubetuner.errors import Problem
 
 _TEXT_FOLDERS = ("text_encoder", "tokenizer")

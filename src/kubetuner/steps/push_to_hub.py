@@ -14,13 +14,13 @@ from kubetuner.artifacts import (
     ModelArtifact,
     PublishedArtifact,
     ValidationImage,
-    fingerprint,
     list_files,
     read_artifact,
     verify_files,
     write_artifact,
 )
 from kubetuner.config.sections import PushSection
+from kubetuner.digests import fingerprint
 from kubetuner.errors import ArtifactError, PublishError
 
 if TYPE_CHECKING:

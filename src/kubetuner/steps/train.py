@@ -19,13 +19,13 @@ from kubetuner.artifacts import (
     Record,
     TextEmbedsArtifact,
     describe_file,
-    fingerprint,
     list_files,
     read_artifact,
     write_artifact,
     write_rows,
 )
 from kubetuner.config.sections import TrainSection
+from kubetuner.digests import fingerprint
 from kubetuner.errors import TrainingError
 
 if TYPE_CHECKING:

@@ -128,7 +128,8 @@ class Settings:
         server = hashlib.sha256(f"{self.uri}\n{self.experiment}".encode()).hexdigest()[:12]
         temporary = f"{tempfile.gettempdir()}/kubetuner-spool-{os.getuid()}"
         store = os.environ.get("KUBETUNER_STORE", "")
-        root = os.environ.get("KUBETUNER_SPOOL", "") or (f"{store}/spool" if store else temporary)
+        beside = f"{store}/spool" if store and "://" not in store else temporary
+        root = os.environ.get("KUBETUNER_SPOOL", "") or beside
         return Path(root) / server, Path(temporary) / server
 
     @contextmanager

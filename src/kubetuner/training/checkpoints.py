@@ -19,7 +19,8 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kubetuner.artifacts import LOSSES_FILE, FileEntry, Record, list_files, read_rows, sha256_of, write_rows, write_text
+from kubetuner.artifacts import LOSSES_FILE, FileEntry, Record, list_files, read_rows, write_rows, write_text
+from kubetuner.digests import sha256_of
 from kubetuner.errors import TrainingError
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     made = Store(tmp_path / "store")
     made.write_shard("latents-a", {"k": {"latents": torch.zeros(1000)}})
     made.write_shard("text-b", {"k": {"embeds": torch.zeros(10)}, "m": {"embeds": torch.ones(10)}})
-    monkeypatch.setenv("KUBETUNER_STORE", str(made.root))
+    monkeypatch.setenv("KUBETUNER_STORE", made.place)
     return made
 
 
@@ -39,8 +39,8 @@ def test_ls(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
 def test_verify_names_the_damaged_shard(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("verify") == 0
     assert "2 shards are whole" in capsys.readouterr().out
-    (entry,) = (store.root / "index" / "text-b").iterdir()
-    shard = store.path(f"{entry.stem}.safetensors")
+    (entry,) = store.entries("text-b")
+    shard = store.path(entry.shard)
     shard.write_bytes(shard.read_bytes()[:-1])
     assert call("verify") == 1
     shown = capsys.readouterr().err
@@ -50,7 +50,7 @@ def test_verify_names_the_damaged_shard(store: Store, capsys: pytest.CaptureFixt
 
 def test_gc(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     for entry in store.entries():
-        os.utime(entry, (time.time() - 20 * 86400,) * 2)
+        os.utime(Path(store.place) / entry.name, (time.time() - 20 * 86400,) * 2)
     arguments = ("gc", "--unused-days", "14")
     assert call(*arguments, "--dry-run") == 0
     shown = capsys.readouterr().out
@@ -67,6 +67,6 @@ def test_a_store_must_be_named(
 ) -> None:
     monkeypatch.delenv("KUBETUNER_STORE", raising=False)
     assert call("ls") == 2
-    assert "--store FOLDER is missing" in capsys.readouterr().err
+    assert "--store is missing" in capsys.readouterr().err
     assert call("ls", "--store", str(tmp_path / "nowhere")) == 2
     assert "is not a folder" in capsys.readouterr().err

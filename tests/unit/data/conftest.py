@@ -14,10 +14,10 @@ from kubetuner.artifacts import (
     Skipped,
     TextEmbedsArtifact,
     TextRow,
-    sha256_of,
     write_artifact,
     write_rows,
 )
+from kubetuner.digests import sha256_of
 from kubetuner.store import Store
 
 Size = tuple[int, int]

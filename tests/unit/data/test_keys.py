@@ -3,8 +3,9 @@ import tracemalloc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kubetuner.artifacts import ShardEntry, fingerprint
+from kubetuner.artifacts import ShardEntry
 from kubetuner.data.keys import Keys
+from kubetuner.digests import fingerprint
 
 # Digests that end in zeros are the ones that a fixed-width string could shorten.
 DIGESTS = st.sampled_from([bytes(32), b"\1" + bytes(31), bytes(31) + b"\1", b"\xff" * 31 + b"\0", b"\xff" * 32])

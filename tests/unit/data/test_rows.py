@@ -4,8 +4,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kubetuner.artifacts import CaptionRow, fingerprint, write_rows
+from kubetuner.artifacts import CaptionRow, write_rows
 from kubetuner.data.rows import Positions, RowFile
+from kubetuner.digests import fingerprint
 
 
 def _row(number: int) -> CaptionRow:

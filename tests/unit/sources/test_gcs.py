@@ -15,6 +15,7 @@ from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 from PIL import Image
 
+from kubetuner import google_storage
 from kubetuner.artifacts import Sample, read_rows
 from kubetuner.config.source_sections import DatasetSource, DownloadSection
 from kubetuner.errors import DatasetError
@@ -40,7 +41,7 @@ def emulator() -> Iterator[str]:
 def proxy(emulator: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     with FaultyProxy(emulator) as proxy:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
-        monkeypatch.setattr(gcs, "RETRY_SECONDS", 20.0)
+        monkeypatch.setattr(google_storage, "RETRY_SECONDS", 20.0)
         monkeypatch.setattr(base, "LONGEST_PAUSE_SECONDS", 0.01)
         yield proxy
 
@@ -102,7 +103,7 @@ def test_pages_are_listed_and_a_prefix_is_a_folder(
 ) -> None:
     upload(bucket, {f"{index}.png": b"x" for index in range(7)} | {"a.txt": b"a", ".x/a.png": b"", "n.md": b""})
     upload(bucket, {"other.png": b"x"}, prefix="set/one-more/")
-    monkeypatch.setattr(gcs, "PAGE_SIZE", 3)
+    monkeypatch.setattr(google_storage, "PAGE_SIZE", 3)
     listing = opened().listing()
     assert [item.name for item in listing.pictures] == [f"{index}.png" for index in range(7)]
     assert list(listing.texts) == ["a.txt"]
@@ -172,7 +173,7 @@ def test_lasting_faults_are_told(
     with pytest.raises(DatasetError, match=r"reading gs://.*/set/one/a\.png failed 5 times.*"):
         source.read(item)
     rule.times = 0
-    monkeypatch.setattr(gcs, "RETRY_SECONDS", 1.0)
+    monkeypatch.setattr(google_storage, "RETRY_SECONDS", 1.0)
     rule = proxy.fail(r"GET .*a\.png", "status", 503, times=99)
     with pytest.raises(DatasetError, match="try again later"):
         source.read(item)

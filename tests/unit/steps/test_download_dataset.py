@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from kubetuner.artifacts import DatasetArtifact, Sample, fingerprint, read_artifact, read_rows, sha256_of, verify_files
+from kubetuner.artifacts import DatasetArtifact, Sample, read_artifact, read_rows, verify_files
 from kubetuner.config.source_sections import DatasetSource, DownloadSection
+from kubetuner.digests import fingerprint, sha256_of
 from kubetuner.errors import ArtifactError, DatasetError
 from kubetuner.sources.local import LocalSource
 from kubetuner.steps.download_dataset import download_dataset
