@@ -137,7 +137,8 @@ def larger(encoder: Any) -> nn.Module:
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "query_pre_attn_scalar": 64}
     else:
         sizes |= {"num_attention_heads": 4, "projection_dim": 256}
-    made: nn.Module = type(encoder)(type(config).from_dict(config.to_dict() | sizes))
+    others = {key: value for key, value in config.to_dict().items() if key != "layer_types"}  # One for each layer.
+    made: nn.Module = type(encoder)(type(config).from_dict(others | sizes))
     return made.eval()
 
 
