@@ -44,11 +44,16 @@ lint: $(READY)  ## Lint, types and layers alone
 	$(BIN)/lint-imports --no-cache
 
 ##@ Maintenance
-.PHONY: bench compile constraints
+.PHONY: bench bench-peers compile constraints
 bench: $(READY)  ## Training, caching and reading beside bare loops and SimpleTuner's layout, as ratios
 	$(BIN)/python -m bench.training_overhead
 	$(BIN)/python -m bench.cache_reading
 	$(BIN)/python -m bench.cache_encoding
+
+bench-peers: $(READY)  ## SimpleTuner itself beside us, in an environment of its own, as ratios
+	test -x $(or $(PEERS_VENV),.venv-peers)/bin/simpletuner || bash bench/peers/setup.sh
+	$(BIN)/python -m bench.peers.training
+	$(BIN)/python -m bench.peers.caching
 
 compile: $(READY)  ## Write pipelines/compiled/finetune.yaml
 	$(BIN)/kubetuner compile --out pipelines/compiled/finetune.yaml
