@@ -12,7 +12,7 @@ import os
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -42,19 +42,20 @@ def main() -> None:
     """Measure, print and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", default="tiny,mid")
+    parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     for size in (size for size in get_args(Size) if size in arguments.sizes.split(",")):
-        compare(size, arguments.rounds)
+        compare(size, arguments.families.split(","), arguments.rounds)
 
 
-def compare(size: Size, rounds: int) -> None:
+def compare(size: Size, families: Sequence[str], rounds: int) -> None:
     """Write the table of one size."""
     rows, loads = [], []
-    for family in FAMILIES:
+    for family in families:
         with tempfile.TemporaryDirectory() as scratch:
             rows += measure(Work(family, "full"), size, rounds, Path(scratch))
         loads.append(os.getloadavg()[1])

@@ -15,7 +15,7 @@ from typing import get_args
 
 from bench.measure import report, table
 from bench.peers.workload import WORKS, Ours, Theirs, Times, Work
-from pipelines.recipes.demo.models import Size
+from pipelines.recipes.demo.models import FAMILIES, Size
 
 PAGE = Path(__file__).with_name("README.md")
 PICTURES = 64
@@ -27,16 +27,17 @@ def main() -> None:
     """Measure, print and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", default="tiny,mid")
+    parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     for size in (size for size in get_args(Size) if size in arguments.sizes.split(",")):
-        compare(size, arguments.rounds)
+        compare(size, arguments.families.split(","), arguments.rounds)
 
 
-def compare(size: Size, rounds: int) -> None:
+def compare(size: Size, families: Sequence[str], rounds: int) -> None:
     """Write the two tables of one size."""
     steps_table, first_table, loads = [], [], []
-    for work in WORKS:
+    for work in (work for work in WORKS if work.family in families):
         with tempfile.TemporaryDirectory() as scratch:
             times = measure(work, size, STEPS[size], rounds, Path(scratch))
         steps_table.append(step_row(work, times))
