@@ -29,5 +29,5 @@ def seed_dropout(seed: int, step: int, micro: int) -> None:
     """
     value = derive_seed(seed, "dropout", step, micro)
     torch.default_generator.manual_seed(value)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(value)
