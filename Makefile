@@ -44,12 +44,17 @@ lint: $(READY)  ## Lint, types and layers alone
 	$(BIN)/lint-imports --no-cache
 
 ##@ Maintenance
-.PHONY: bench compile constraints docs
+.PHONY: bench bench-peers compile constraints docs
 bench: $(READY)  ## Training, caching and reading beside bare loops and SimpleTuner's layout, as ratios
 	$(BIN)/python -m bench.training_overhead
 	$(BIN)/python -m bench.cache_reading
 	$(BIN)/python -m bench.cache_encoding
 	$(BIN)/python -m bench.data_memory
+
+bench-peers: $(READY)  ## SimpleTuner itself beside us, in an environment of its own, as ratios
+	test -x $(or $(PEERS_VENV),.venv-peers)/bin/simpletuner || bash bench/peers/setup.sh
+	$(BIN)/python -m bench.peers.training
+	$(BIN)/python -m bench.peers.caching
 
 compile: $(READY)  ## Write pipelines/compiled/finetune.yaml
 	$(BIN)/kubetuner compile --out pipelines/compiled/finetune.yaml

@@ -40,16 +40,16 @@ def peak_memory() -> str:
     return f"{values['VmHWM']:.0f} {values['RssAnon']:.0f}"
 
 
-def report(section: str, text: str) -> None:
-    """Print ``text`` and put it under the heading ``section`` of ``README.md``, with date and machine."""
+def report(section: str, text: str, page: Path = README) -> None:
+    """Print ``text`` and put it under the heading ``section`` of ``page``, with date and machine."""
     machine = f"{os.cpu_count()} shared cores ({platform.machine()}), other jobs running"
     dated = f"{datetime.date.today().isoformat()}, {machine}.\n\n{text}\n"
     print(dated)
-    old = README.read_text(encoding="utf-8")
+    old = page.read_text(encoding="utf-8")
     pattern = re.compile(rf"(## {re.escape(section)}\n\n).*?(?=\n## |\Z)", re.DOTALL)
     if not pattern.search(old):
         old = f"{old.rstrip()}\n\n## {section}\n\n"
-    README.write_text(pattern.sub(lambda found: found[1] + dated, old), encoding="utf-8")
+    page.write_text(pattern.sub(lambda found: found[1] + dated, old), encoding="utf-8")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

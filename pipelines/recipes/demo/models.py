@@ -1,7 +1,8 @@
 """Builds small but genuine diffusers pipelines for the three families, and a small CLIP judge.
 
 ``unit`` size is for tests: random weights, built in a fraction of a second, the same for a seed.
-``demo`` size is what ``make_bases`` trains.
+``demo`` size is what ``make_bases`` trains. ``tiny`` and ``mid`` are for the benches beside other trainers: what a step
+costs besides arithmetic shows in the one (0.2 to 1.7 million weights), arithmetic in the other (35 to 37 million).
 """
 
 import json
@@ -45,7 +46,7 @@ from pipelines.recipes.demo.autoencoders import dc_autoencoder, kl_autoencoder
 from pipelines.recipes.demo.shapes import PIXELS
 from pipelines.recipes.demo.tokenizers import clip_tokenizer, gemma_tokenizer, t5_tokenizer
 
-Size = Literal["unit", "demo"]
+Size = Literal["unit", "demo", "tiny", "mid"]
 FAMILIES = ("pixart_sigma", "sdxl", "sana")
 
 
@@ -69,6 +70,12 @@ _SHAPES: dict[tuple[str, Size], _Shape] = {
     ("pixart_sigma", "demo"): _Shape((8, 32, 32, 64), 8, 64, 4, 24, 4),
     ("sdxl", "demo"): _Shape((8, 32, 32, 64), 8, 64, 2, 32, 1, (32, 64)),
     ("sana", "demo"): _Shape((16, 32, 64, 64), 16, 64, 6, 16, 3),
+    ("pixart_sigma", "tiny"): _Shape((16, 16, 32, 32), 4, 32, 4, 16, 2),
+    ("sdxl", "tiny"): _Shape((16, 16, 32, 32), 4, 32, 2, 16, 1, (32, 64, 64)),
+    ("sana", "tiny"): _Shape((16, 16, 16, 32, 32, 32), 32, 32, 4, 16, 2),
+    ("pixart_sigma", "mid"): _Shape((32, 64, 64, 64), 4, 256, 6, 64, 14),
+    ("sdxl", "mid"): _Shape((32, 64, 64, 64), 4, 256, 2, 32, 2, (64, 128, 320)),
+    ("sana", "mid"): _Shape((16, 32, 64, 64, 64, 64), 32, 256, 12, 32, 15),
 }
 
 

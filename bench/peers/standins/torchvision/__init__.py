@@ -1,0 +1,3 @@
+"""A stand-in for torchvision: only what caching and training with SimpleTuner call."""
+
+from torchvision import transforms as transforms
