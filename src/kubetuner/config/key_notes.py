@@ -60,6 +60,7 @@ MODEL_NOTES: Mapping[str, Note] = {
     "vae_dtype": Note("dtype that latents are stored in", "fp32", differs="there `bf16`, and of the VAE itself"),
     "vae_batch_size": Note("pictures encoded at once", 4),
     "vae_cache_moments": Note("keep the VAE's distribution, and draw another sample each epoch", False, differs="ours"),
+    "vae_cache_clear_each_epoch": Note("new latents each epoch; here `vae_cache_moments` is what does that", False),
     "text_encoder_batch_size": Note("captions encoded at once", 16, differs="there 1"),
 }
 
@@ -83,16 +84,35 @@ TRAIN_NOTES: Mapping[str, Note] = {
     "lr_end": Note("floor of `polynomial` and `sine`", 0.0, differs="there 4e-7"),
     "lr_power": Note("exponent of `polynomial`", 1.0, differs="there 0.8"),
     "lr_num_cycles": Note("waves or restarts over the run", 1),
+    "lr_scale": Note("the rate counts for one picture: times the pictures of a step", False),
+    "lr_scale_sqrt": Note("times their root instead", False),
     "max_grad_norm": Note("clip gradients above; 0 never", otherwise="2.0; 0.01 for PixArt", differs="there a limit"),
     "grad_clip_method": Note("clip the norm, or each value", "norm", differs="there `value`"),
     "caption_dropout_probability": Note("share of samples trained without their caption", 0.1),
     "disable_segmented_timestep_sampling": Note("draw a batch's timesteps singly", False),
     "seed": Note("of all that is drawn", otherwise="42; 0 for random crops", differs="there none"),
     "checkpoint_step_interval": Note("optimizer steps between checkpoints; 0 for the end only", 500),
+    "checkpoint_epoch_interval": Note("epochs between checkpoints; 0 for none", 0),
     "checkpoints_total_limit": Note("checkpoints kept", 5),
     "resume_from_checkpoint": Note("`latest`, a name, or empty to start afresh", "latest"),
     "log_step_interval": Note("optimizer steps between logged points", 1, differs="ours"),
     "data_backend_sampling": Note("how datasets take turns", "auto-weighting"),
+}
+
+MACHINE_NOTES: Mapping[str, Note] = {
+    "num_train_processes": Note("processes of the pod that train together", otherwise="one per GPU"),
+    "fsdp_enable": Note("share weights and optimizer out among them (FSDP2)", False),
+    "fsdp_version": Note("2 is the only one left", 2),
+    "fsdp_reshard_after_forward": Note("let a block's weights go until the backward pass", True),
+    "fsdp_auto_wrap_policy": Note("gather blocks singly, or everything at once", "TRANSFORMER_BASED_WRAP"),
+    "fsdp_transformer_layer_cls_to_wrap": Note("classes of the blocks", otherwise="the network's own"),
+    "dynamo_backend": Note("torch.compile: which backend", "no"),
+    "dynamo_mode": Note("what inductor tries", "default"),
+    "dynamo_dynamic": Note("graphs for any shape instead of one for each", False),
+    "dynamo_fullgraph": Note("a piece that cannot be traced is an error", False),
+    "dynamo_use_regional_compilation": Note(
+        "compile the repeated blocks, not the whole", otherwise="`true` with a backend", differs="there `false`"
+    ),
 }
 
 OBJECTIVE_NOTES: Mapping[str, Note] = {
@@ -132,6 +152,27 @@ OBJECTIVE_NOTES: Mapping[str, Note] = {
     "ema_cpu_only": Note("never move them to the GPU", False),
     "ema_warmup_steps": Note("copy the weights before this step", 0),
     "ema_validation": Note("what is evaluated", "ema_only", differs="there `comparison`"),
+    "flow_custom_timesteps": Note("sigmas or timesteps to draw from, in place of a density", otherwise="none"),
+    "flow_timesteps_mode": Note("draw them by chance, or take them in turn", "fixed-list"),
+    "diff2flow_enabled": Note("PixArt, SDXL: read the prediction as a flow", False),
+    "diff2flow_loss": Note("and compare that with the flow", False),
+    "scheduled_sampling_max_step_offset": Note("timesteps that a rollout takes at most; 0 for no rollouts", 0),
+    "scheduled_sampling_strategy": Note("which lengths are drawn more often", "uniform"),
+    "scheduled_sampling_probability": Note("share of samples that are rolled out", 0.0),
+    "scheduled_sampling_ramp_steps": Note("optimizer steps from `prob_start` to `prob_end`; 0 for no ramp", 0),
+    "scheduled_sampling_start_step": Note("optimizer step at which the ramp begins", 0),
+    "scheduled_sampling_prob_start": Note("share before the ramp", 0.0),
+    "scheduled_sampling_prob_end": Note("share after it", 0.5),
+    "scheduled_sampling_ramp_shape": Note("straight, or half a wave", "linear"),
+    "scheduled_sampling_sampler": Note("what solves the way down", "unipc"),
+    "scheduled_sampling_order": Note("its order: `unipc` 1 to 3, `dpm` 1 or 2", 2),
+    "scheduled_sampling_reflexflow": Note("Sana: ReflexFlow's terms for what was rolled out", otherwise="`true`"),
+    "scheduled_sampling_reflexflow_alpha": Note("more weight where the rollout changed the prediction", 1.0),
+    "scheduled_sampling_reflexflow_beta1": Note("weight of the direction back", 10.0),
+    "scheduled_sampling_reflexflow_beta2": Note("weight of the loss proper", 1.0),
+    "masked_loss_probability": Note(
+        "share of samples whose mask is used", 1.0, differs="there per batch, for `segmentation` only"
+    ),
     "nonfinite_loss": Note("`stop`, or `skip` such updates; the batch is kept either way", "stop", differs="ours"),
 }
 
@@ -177,6 +218,10 @@ DATA_NOTES: Mapping[str, Note] = {
     "target_downsample_size": Note(f"to this size, {_ENTRY}", otherwise="none"),
     "aspect_bucket_rounding": Note("decimals of a bucket's aspect ratio", 2),
     "aspect_bucket_alignment": Note("edges are multiples of this many pixels", 64),
+    "max_upscale_threshold": Note(
+        "leave out pictures that would be enlarged by more than this share", otherwise="none"
+    ),
+    "conditioning_multidataset_sampling": Note("one mask dataset per dataset of pictures", otherwise="`random`"),
     "max_skipped_share": Note("share of pictures that may be unreadable", 0.1, differs="ours"),
     "allow_dataset_oversubscription": Note("raise `repeats` where a dataset fills no batch", False),
 }
@@ -184,6 +229,7 @@ DATA_NOTES: Mapping[str, Note] = {
 GROUPS: Mapping[str, Mapping[str, Note]] = {
     "Model, adapter and caches": MODEL_NOTES,
     "Training": TRAIN_NOTES,
+    "Processes and compilation": MACHINE_NOTES,
     "Noise, loss and averages": OBJECTIVE_NOTES,
     "Evaluation": EVALUATE_NOTES,
     "Publishing and tracking": PUBLISH_NOTES,
