@@ -5,13 +5,13 @@ from contextlib import AbstractContextManager
 from typing import Any, cast
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 """Makes the surroundings of a block's first run, and of its repetition in the backward pass."""
 
 
-def recompute_activations(denoiser: nn.Module, interval: int, contexts: Contexts = noop_context_fn) -> None:
+def recompute_activations(denoiser: nn.Module, interval: int, contexts: Contexts | None = None) -> None:
     """Turn on gradient checkpointing for the first, the (1 + ``interval``)-th and so on of the denoiser's blocks.
 
     diffusers has no interval, but asks a function to run each block, with the block as its first argument. Blocks are
@@ -24,6 +24,8 @@ def recompute_activations(denoiser: nn.Module, interval: int, contexts: Contexts
         position = order.setdefault(id(block), len(order))
         if position % interval:
             return block(*inputs)
+        if contexts is None:  # torch.compile cannot trace a function that makes contexts, not even one that makes none.
+            return checkpoint(block, *inputs, use_reentrant=False)
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
     cast(Any, denoiser).enable_gradient_checkpointing(run)

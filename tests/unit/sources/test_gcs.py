@@ -85,6 +85,8 @@ def settings(address: str = f"gs://{BUCKET}/set/one", **more: Any) -> DatasetSou
 
 
 Open = Callable[..., GcsSource]
+# Google's client leaves the connection of a refused request to the garbage collector, whenever that comes.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 
 @pytest.fixture
