@@ -198,7 +198,7 @@ EVALUATE_NOTES: Mapping[str, Note] = {
 }
 
 PUBLISH_NOTES: Mapping[str, Note] = {
-    "output_dir": Note("folder for a local run", ""),
+    "output_dir": Note("folder of a run on this machine, unless `--out` names one; a cluster has none", ""),
     "push_to_hub": Note("upload the model if it is better than the last", False),
     "hub_model_id": Note("`namespace/name`", "", differs="there `tracker_project_name`, if empty"),
     "model_card_private": Note("a private repository", True),
