@@ -1,4 +1,4 @@
-"""What every test needs: quiet threads and no network."""
+"""What every test needs: quiet threads, no network and no deadlines."""
 
 import os
 
@@ -11,6 +11,11 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# A property is right or wrong, not quick or slow; on a shared machine a deadline measures the neighbours.
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -92,8 +92,8 @@ def test_photographs_become_a_model_that_stock_diffusers_runs(family: str, tmp_p
         {"id": "text", "type": "local", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache/text"},
     ]
     (tmp_path / "data.json").write_text(json.dumps(data))
-    out = tmp_path / "out"
-    run = ("run", "--config", "config.json", "--data", "data.json", "--out", str(out))
+    out = tmp_path / "output"  # Its output_dir.
+    run = ("run", "--config", "config.json", "--data", "data.json")
 
     first = kubetuner(*run, cwd=tmp_path)
     assert first.returncode == 0, first.stdout[-4000:] + first.stderr[-4000:]

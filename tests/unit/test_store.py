@@ -32,7 +32,7 @@ _samples = st.dictionaries(
 
 
 @given(samples=_samples, order=st.randoms())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_samples_come_back_and_their_order_does_not_matter(
     tmp_path_factory: pytest.TempPathFactory, samples: Samples, order: random.Random
 ) -> None:

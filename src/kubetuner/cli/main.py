@@ -41,8 +41,10 @@ def cli() -> None:
 @CONFIG
 @DATA
 @SET
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for everything the run makes.")
-def run(config_file: Path, data_file: Path | None, overrides: tuple[str, ...], out: Path) -> None:
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for everything the run makes; by default output_dir's."
+)
+def run(config_file: Path, data_file: Path | None, overrides: tuple[str, ...], out: Path | None) -> None:
     """Run the whole pipeline on this machine. Run it again and finished steps come from the cache."""
     from kubetuner.cli.run import run_pipeline
 

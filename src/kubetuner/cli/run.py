@@ -23,7 +23,7 @@ from kubetuner.artifacts import (
 )
 from kubetuner.cli.checkout import add_checkout_to_path
 from kubetuner.cli.inputs import read_inputs
-from kubetuner.errors import ArtifactError
+from kubetuner.errors import ArtifactError, InputError
 
 if TYPE_CHECKING:
     from kubetuner.config.load import RunConfig
@@ -33,8 +33,14 @@ if TYPE_CHECKING:
 _KINDS = (DatasetArtifact, LatentsArtifact, TextEmbedsArtifact, ModelArtifact, EvaluationArtifact, PublishedArtifact)
 
 
-def run_pipeline(config_file: Path, data_file: Path | None, overrides: Sequence[str], out: Path) -> None:
+def run_pipeline(config_file: Path, data_file: Path | None, overrides: Sequence[str], out: Path | None) -> None:
     """Check the input, run every step in a child process, and say what came out.
+
+    Args:
+        config_file: ``config.json``.
+        data_file: ``multidatabackend.json``; by default the file that ``data_backend_config`` names.
+        overrides: ``key=value`` for ``config.json``.
+        out: Folder for everything the run makes; by default ``output_dir``.
 
     Raises:
         InputError: The input is wrong; nothing was run.
@@ -47,13 +53,21 @@ def run_pipeline(config_file: Path, data_file: Path | None, overrides: Sequence[
     plan = make_plan(inputs.config, inputs.data, cwd=Path.cwd())
     from pipelines.local import child_environment, run_local
 
-    out = out.resolve()
+    out = _folder(out, plan.run)
     out.mkdir(parents=True, exist_ok=True)
     environment = child_environment(root, out) | _tracking(plan.run)
     arguments = {"config": inputs.config, "data_backend_config": inputs.data, "num_shards": 1}
     with _tracked_as_one(environment):
         done = run_local(_load_pipeline, arguments, out, environment, sys.stdout)
     _finish(done, out, environment, f"{plan.summary['max_train_steps']} steps planned, nothing wrong with the input")
+
+
+def _folder(given: Path | None, run: "RunConfig") -> Path:
+    if given is None and not run.output_dir:
+        raise InputError(
+            "the folder of the run is missing; give it with --out FOLDER, or as output_dir in config.json."
+        )
+    return (given or Path(run.output_dir)).resolve()
 
 
 def _tracking(run: "RunConfig") -> dict[str, str]:

@@ -151,7 +151,9 @@ OBJECTIVE_NOTES: Mapping[str, Note] = {
     "ema_device": Note("where averages are kept", "cpu"),
     "ema_cpu_only": Note("never move them to the GPU", False),
     "ema_warmup_steps": Note("copy the weights before this step", 0),
-    "ema_validation": Note("what is evaluated", "ema_only", differs="there `comparison`"),
+    "ema_validation": Note(
+        "what is evaluated; with `use_ema`, only `ema_only`", "ema_only", differs="there `comparison`"
+    ),
     "flow_custom_timesteps": Note("sigmas or timesteps to draw from, in place of a density", otherwise="none"),
     "flow_timesteps_mode": Note("draw them by chance, or take them in turn", "fixed-list"),
     "diff2flow_enabled": Note("PixArt, SDXL: read the prediction as a flow", False),
@@ -196,7 +198,7 @@ EVALUATE_NOTES: Mapping[str, Note] = {
 }
 
 PUBLISH_NOTES: Mapping[str, Note] = {
-    "output_dir": Note("folder for a local run", ""),
+    "output_dir": Note("folder of a run on this machine, unless `--out` names one; a cluster has none", ""),
     "push_to_hub": Note("upload the model if it is better than the last", False),
     "hub_model_id": Note("`namespace/name`", "", differs="there `tracker_project_name`, if empty"),
     "model_card_private": Note("a private repository", True),

@@ -1,6 +1,6 @@
-"""Keys of ``config.json`` that SimpleTuner has and that are refused: not available yet, or without meaning here."""
+"""Keys of ``config.json`` that SimpleTuner has and that do nothing here: not available yet, or without meaning."""
 
-from kubetuner.config.keys import Foreign, Later, Rule
+from kubetuner.config.keys import Foreign, Later, Rule, Unneeded
 
 LATER_OPTIMIZERS = frozenset(
     {
@@ -18,16 +18,19 @@ LATER_OPTIMIZERS = frozenset(
 )  # fmt: skip
 
 _QUANTISED = "quantised weights are"
-_PREVIEW = "previews while a picture is drawn are"
+_TEXT = "rounding of text encoders (they run in a step of their own, without the denoiser) is"
+_PREVIEW = "pictures are drawn in a step of their own, after training, and its report shows them when they are finished"
 
 LATER: dict[str, Rule] = {
     "base_model_default_dtype": Later("another dtype of the frozen weights is", ("bf16",)),
-    "text_encoder_1_precision": Later(_QUANTISED, ("no_change",)),
-    "text_encoder_2_precision": Later(_QUANTISED, ("no_change",)),
-    "text_encoder_3_precision": Later(_QUANTISED, ("no_change",)),
-    "text_encoder_4_precision": Later(_QUANTISED, ("no_change",)),
+    "text_encoder_1_precision": Later(_TEXT, ("no_change",)),
+    "text_encoder_2_precision": Later(_TEXT, ("no_change",)),
+    "text_encoder_3_precision": Later(_TEXT, ("no_change",)),
+    "text_encoder_4_precision": Later(_TEXT, ("no_change",)),
     "quantize_activations": Later(_QUANTISED, (False,)),
-    "quantize_via": Later(_QUANTISED, ("accelerator", "cpu")),
+    "quantize_via": Unneeded(
+        "str", "a base is rounded layer by layer from bfloat16, of which a GPU of 8 GB holds each"
+    ),
     "quantization_config": Later(_QUANTISED),
     "validation_lycoris_strength": Later("LyCORIS is", (1.0,)),
     "lora_format": Later("another format of the LoRA file is", ("diffusers",)),
@@ -47,8 +50,8 @@ LATER: dict[str, Rule] = {
     "compress_disk_cache": Later("compression of cached tensors is", (False,)),
     "vae_enable_tiling": Later("tiling of the VAE is", (False,)),
     "vae_enable_slicing": Later("slicing of the VAE is", (False,)),
-    "validation_preview": Later(_PREVIEW, (False,)),
-    "validation_preview_steps": Later(_PREVIEW, (1,)),
+    "validation_preview": Unneeded("bool", _PREVIEW),
+    "validation_preview_steps": Unneeded("int", _PREVIEW),
     "validation_step_interval": Later("drawing pictures during training (they are drawn once, after it) is", (0,)),
     "validation_epoch_interval": Later("drawing pictures during training (they are drawn once, after it) is", (0,)),
     "validation_on_startup": Later("drawing pictures before training is", (False,)),

@@ -127,7 +127,10 @@ PUBLISH_RULES: dict[str, Rule] = {
     "report_to": Key(
         "str",
         one_of("none", "mlflow"),
-        later=frozenset({"wandb", "tensorboard", "swanlab", "comet_ml", "custom-tracker", "all", "simpletuner"}),
+        refused=dict.fromkeys(
+            ("wandb", "tensorboard", "swanlab", "comet_ml", "custom-tracker", "all", "simpletuner"),
+            "runs are tracked with MLflow, at MLFLOW_TRACKING_URI.",
+        ),
     ),
     "tracker_project_name": Key("str"),
     "tracker_run_name": Key("str"),

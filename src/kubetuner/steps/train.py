@@ -122,7 +122,7 @@ def _checkpoints(section: TrainSection, parents: Sequence[str], out: Path, proce
     """The root of all runs' checkpoints and this run's key, which ends with the batches per optimizer step.
 
     Any number of processes goes on from them that makes that many batches. Another number of batches is another run,
-    which is said where it leaves checkpoints behind.
+    as are other settings and other data; where such a run has left checkpoints, they are left alone, and that is said.
     """
     root = Path(os.environ.get("KUBETUNER_CHECKPOINTS") or out / "checkpoints")
     micro_steps = section.gradient_accumulation_steps * processes.count
@@ -134,6 +134,11 @@ def _checkpoints(section: TrainSection, parents: Sequence[str], out: Path, proce
             "(gradient_accumulation_steps %d x %d processes) and starts anew; to go on from them, change one of them.",
             root, " and ".join(dict.fromkeys(others)), micro_steps, section.gradient_accumulation_steps,
             processes.count,
+        )  # fmt: skip
+    elif processes.first and not others and any(root.glob("*/checkpoint-*")):
+        logger.info(
+            "%s holds checkpoints of other settings or data alone: they are left alone, and training starts anew. "
+            "Only the settings and data that a checkpoint was made with go on from it.", root,
         )  # fmt: skip
     return root, f"{run}-{micro_steps}"
 

@@ -3,8 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from kubetuner.artifacts import EvaluationArtifact, ModelArtifact, PublishedArtifact, write_artifact
-from kubetuner.cli.run import _finish
+from kubetuner.cli.run import _finish, _folder
+from kubetuner.config.load import load
+from kubetuner.errors import InputError
 from pipelines.local import LocalRun
 from pipelines.local_log import TaskLog
 
@@ -46,3 +50,14 @@ def test_the_last_line_states_losses_and_the_report(tmp_path, capsys):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["seconds"] == {"cache_vae": 0.0, "train": 2.5, "evaluate": 1.0}
     assert summary["cache_hits"] == ["cache_vae"]
+
+
+def test_the_folder_is_that_of_the_command_or_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = {"model_type": "full", "model_family": "sana"}
+    data = [{"id": "a", "instance_data_dir": "a"}]
+    silent, named = load(config, data), load({**config, "output_dir": "models"}, data)
+    assert _folder(None, named) == tmp_path / "models"
+    assert _folder(Path("other"), named) == _folder(tmp_path / "other", silent) == tmp_path / "other"
+    with pytest.raises(InputError, match=r"--out FOLDER, or as output_dir in config\.json"):
+        _folder(None, silent)

@@ -209,12 +209,12 @@ def test_accepted_keys(key, value, read, monkeypatch) -> None:
         ("optimizer", "nonsense", "expected 'torch-adamw' or 'torch-adafactor'"),
         ("use_dora", True, "no effect with model_type full"),
         ("noise_offset", 0.2, "needs offset_noise"),
-        ("validation_preview", True, "not available yet"),
+        ("validation_preview", "yes", "expected true or false"),
         ("attention_mechanism", "sageattention", "no backward pass"),
         ("attention_mechanism", "flex", "not available yet"),
         ("vae_cache_disable", True, "not available yet"),
         ("gradient_checkpointing_interval", 0, "at least 1"),
-        ("report_to", "wandb", "not available yet"),
+        ("report_to", "wandb", "tracked with MLflow"),
         ("mixed_precision", "fp16", "not available yet"),
         ("validation_steps", 100, "not available yet"),
         ("hub_token", "x", "HF_TOKEN"),
@@ -292,11 +292,11 @@ def test_all_problems_at_once() -> None:
     data = camera("pixart")
     data[0] |= {"crop": "False", "resolution": 1024}
     data.append({"id": "text-embeds", "dataset_type": "aws_thing"})
-    found = problems_of({"model_type": "fulll", "validation_preview": True, "lerning_rate": 1}, data)
+    found = problems_of({"model_type": "fulll", "webhook_config": "x", "lerning_rate": 1}, data)
     assert set(found) == {
         "config.json.model_type",
         "config.json.model_family",
-        "config.json.validation_preview",
+        "config.json.webhook_config",
         "config.json.lerning_rate",
         "multidatabackend.json[0].crop",
         "multidatabackend.json[0].resolution",

@@ -51,7 +51,7 @@ _settings = st.fixed_dictionaries(
 
 
 @given(changes=_settings, epoch=st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_an_epoch_visits_every_sample_as_often_as_repeats_say(
     caches: tuple[list[Path], list[Path]], changes: dict[str, Any], epoch: int
 ) -> None:
@@ -81,7 +81,7 @@ def test_an_epoch_visits_every_sample_as_often_as_repeats_say(
 
 
 @given(changes=_settings, positions=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 2)), min_size=1, max_size=8))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_batch_depends_on_seed_and_position_alone(
     caches: tuple[list[Path], list[Path]], changes: dict[str, Any], positions: list[tuple[int, int]]
 ) -> None:

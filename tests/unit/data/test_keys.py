@@ -1,6 +1,6 @@
 import tracemalloc
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kubetuner.artifacts import ShardEntry
@@ -15,7 +15,6 @@ def _shard(name: str) -> ShardEntry:
     return ShardEntry(file=f"{name}.safetensors", samples=1, bytes=1, sha256=name)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(DIGESTS, st.booleans())), st.lists(DIGESTS, unique=True))
 def test_keys_do_what_a_dictionary_does(added: list[tuple[bytes, bool]], others: list[bytes]) -> None:
     keys = Keys(digest.hex() for digest, _ in added)

@@ -1,7 +1,7 @@
 import tracemalloc
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kubetuner.sources.items import Item, Items, ItemsByName
@@ -19,7 +19,6 @@ ITEMS = st.builds(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(ITEMS, unique_by=lambda item: item.name))
 def test_items_come_out_as_they_went_in(given_items: list[Item]) -> None:
     items = Items(given_items)
@@ -33,7 +32,6 @@ def test_items_come_out_as_they_went_in(given_items: list[Item]) -> None:
     assert items.order() == range(len(items))
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(ITEMS, unique_by=lambda item: item.name), NAMES)
 def test_items_are_found_by_name(given_items: list[Item], name: str) -> None:
     by_name = ItemsByName(Items(given_items))

@@ -6,11 +6,14 @@ import io
 import logging
 import os
 import shutil
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -23,6 +26,7 @@ from kubetuner.steps.cache_text_embeds import cache_text_embeds
 from kubetuner.steps.download_dataset import download_dataset
 from kubetuner.steps.plan import Plan, make_plan
 from pipelines.recipes.demo.models import build_pipeline, write_pipeline
+from tests.servers.dataset_hub import DatasetHub, DatasetRepo
 from tests.unit.data.test_pictures import png_claiming
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -283,3 +287,37 @@ def test_captions_of_all_kinds_are_encoded(root: Path, family: str, monkeypatch:
     assert embeds.num_texts == len(CAPTIONS)  # the empty caption is the dropped one, too
     assert {row.text for row in read_rows(root.parent / "texts", "texts.jsonl", TextRow)} == set(CAPTIONS.values())
     assert sum(shard.bytes for shard in embeds.shards) < 2_000_000
+
+
+CLIMBING = ["../../escaped.png", "/escaped.png", "a/../../../escaped.png", "..\\escaped.png"]
+
+
+def test_names_that_climb_out_are_names_and_no_paths(
+    root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rows of a published table, and members of an archive among the pictures: nothing is written by such a name."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    pictures = [path.read_bytes() for path in sorted(root.iterdir())]
+    cells = [
+        {"image": {"bytes": pictures[index % 3], "path": name}, "text": "a"} for index, name in enumerate(CLIMBING)
+    ]
+    stream, packed = io.BytesIO(), io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(cells), stream)
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("../../escaped.png"))
+    (root / "pictures.tar").write_bytes(packed.getvalue())
+    with DatasetHub() as hub:
+        hub.repos["team/set"] = DatasetRepo()
+        hub.repos["team/set"].commit({"data/train.parquet": stream.getvalue()})
+        monkeypatch.setenv("HF_ENDPOINT", f"http://{hub.host}")
+        columns = {"name": "team/set", "caption_column": "text"}
+        there = {"type": "huggingface", "hub": columns, "instance_data_dir": "", "caption_strategy": "huggingface"}
+        _, samples = downloaded(root, **there)
+    assert [Path(name).name.rpartition("\\")[2] for name in samples] == ["escaped.png"] * 4
+    assert len(downloaded(root)[1]) == 3  # Archives are not opened.
+    assert [path.name for path in Path(tmp_path).rglob("*escaped*")] == []
+    assert not Path("/escaped.png").exists()
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.parent != root]
+    assert all(path.is_relative_to(tmp_path / "out") for path in files)

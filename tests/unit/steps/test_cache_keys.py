@@ -43,10 +43,14 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Workplace:
-    """Three pictures, a copy of a base that may be changed, and one store."""
+    """Three pictures (the second one square), a copy of a base and an entry that may be changed, and one store."""
 
     def __init__(self, root: Path, base: Path) -> None:
         self.root, self.runs = root, 0
+        self.entry: dict[str, object] = {
+            "id": "a", "instance_data_dir": "pictures", "resolution": 64, "crop": True, "crop_style": "center",
+            "crop_aspect": "square",
+        }  # fmt: skip
         shutil.copytree(base, root / "base")
         (root / "pictures").mkdir()
         for index, name in enumerate(("red", "green", "blue")):
@@ -57,11 +61,7 @@ class Workplace:
             "model_type": "full", "model_family": "sdxl", "pretrained_model_name_or_path": "base",
             "train_batch_size": 3, "max_train_steps": 4, **settings,
         }  # fmt: skip
-        data = [
-            {"id": "a", "instance_data_dir": "pictures", "resolution": 64, "crop": True, "crop_style": "center",
-             "crop_aspect": "square"}
-        ]  # fmt: skip
-        return make_plan(config, data, cwd=self.root).sections
+        return make_plan(config, [self.entry], cwd=self.root).sections
 
     def run(self, **settings: object) -> Caches:
         self.runs += 1
@@ -154,6 +154,52 @@ def test_a_new_picture_and_a_damaged_shard_cost_what_they_hold(
     assert (again.encoded, again.reused, texts.encoded) == (1, 3, 0)
     assert again.shards == latents.shards
     assert small.file in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changed", "latents"),
+    [
+        ({"crop_style": "corner"}, 2),  # The square picture is cut at the same place.
+        ({"crop": False, "crop_aspect": "preserve"}, 0),  # The nearest sides that the model takes are 64 x 64 for all.
+        ({"resolution": 128}, 3),
+        ({"minimum_image_size": 64}, 0),
+        ({"repeats": 3, "probability": 0.5}, 0),
+    ],
+    ids=str,
+)
+def test_another_shape_encodes_the_pictures_that_it_changes(
+    place: Workplace, changed: dict[str, object], latents: int
+) -> None:
+    place.run()
+    place.entry |= changed
+    assert encoded(place.run()) == (latents, 0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "texts"),
+    [
+        ({"instance_prompt": "a photo", "prepend_instance_prompt": True}, 3),
+        ({"caption_shuffle": {"enable": False}}, 0),
+    ],
+    ids=str,
+)
+def test_other_captions_encode_their_texts_and_no_latents(
+    place: Workplace, changed: dict[str, object], texts: int
+) -> None:
+    place.run()
+    place.entry |= changed
+    assert encoded(place.run()) == (0, texts)
+
+
+def test_moving_pictures_between_datasets_encodes_nothing(place: Workplace) -> None:
+    place.entry |= {"crop_style": "random"}
+    place.run()
+    (place.root / "pictures").rename(place.root / "albums")
+    (place.root / "albums" / "deeper").mkdir()
+    for name in ("red", "blue"):
+        (place.root / "albums" / f"{name}.png").rename(place.root / "albums" / "deeper" / f"{name}.png")
+    place.entry |= {"id": "other", "instance_data_dir": "albums"}
+    assert encoded(place.run()) == (0, 0)
 
 
 def test_a_run_claims_what_it_reuses(place: Workplace) -> None:

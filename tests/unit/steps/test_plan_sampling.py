@@ -113,7 +113,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     squares=st.integers(1, 3), wide=st.integers(0, 2), batch=st.integers(1, 9), accumulation=st.integers(1, 5),
     passes=st.one_of(st.none(), st.integers(0, 3)),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_every_setting_that_is_advised_makes_the_plan_pass(
     folders: Path, squares: int, wide: int, batch: int, accumulation: int, passes: int | None
 ) -> None:

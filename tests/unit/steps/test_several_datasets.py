@@ -55,7 +55,11 @@ SUBJECT = [(128, 128), (160, 110), (80, 240), (100, 100)]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("sana")
+    return furnish(tmp_path_factory.mktemp("sana"))
+
+
+def furnish(root: Path) -> Path:
+    """``root`` with a tiny Sana in ``base`` and the pictures of :data:`DATA` in ``datasets``."""
     write_pipeline(build_pipeline("sana", "unit"), root / "base")
     camera, subject = root / "datasets/pseudo-camera-10k", root / "datasets/dreambooth-subject"
     for folder in (camera, subject):

@@ -27,6 +27,16 @@ def test_recomputing_fewer_blocks_keeps_more_and_changes_nothing(setup: Setup, t
     assert all(torch.allclose(gradients[0], other, rtol=0, atol=1e-6) for other in gradients[1:])
 
 
+@pytest.mark.parametrize("family", ["pixart_sigma", "sdxl", "sana"])
+def test_the_settings_decide_what_is_kept(setup: Setup, family: str) -> None:
+    kept = []
+    for settings in ({"gradient_checkpointing": False}, {"gradient_checkpointing_interval": 2}, {}):
+        job = setup.job(family, RandomBatches(family), model_type="full", lora=None, mixed_precision="no", **settings)
+        job.denoiser.train()
+        kept.append([_saved_bytes(job, step) for step in range(2)][-1])
+    assert kept[0] > kept[1] > kept[2]
+
+
 def _saved_bytes(job: Job, step: int) -> int:
     """Take a step's gradient; returns the bytes that autograd kept of the forward pass."""
     total = 0
