@@ -1,7 +1,7 @@
 """A Kubernetes API server with Kubeflow Trainer, as far as a TrainJob's submitter sees one: HTTPS, tokens, its JSON.
 
-What is submitted is held against the fields of ``trainer.kubeflow.org/v1alpha1`` that we use; an unknown one, or one of the
-wrong type, is refused as the API server refuses it. :class:`LocalNodes` really starts a TrainJob's nodes, as processes.
+What is submitted is held against the fields of ``trainer.kubeflow.org/v1alpha1`` that we use; an unknown one, or one of
+the wrong type, is refused as the API server refuses it. :class:`LocalNodes` really starts a TrainJob's nodes.
 """
 
 import json
@@ -40,7 +40,7 @@ _ENV = {
     "valueFrom": {"secretKeyRef": {"name": str, "!key": str}},
 }  # fmt: skip
 _POD = {
-    "containers": [{"!name": str, "env": [_ENV], "volumeMounts": [{"!name": str, "!mountPath": str, "readOnly": bool}]}],
+    "containers": [{"!name": str, "env": [_ENV], "volumeMounts": [{"!name": str, "!mountPath": str}]}],
     "volumes": [
         {
             "!name": str,
@@ -61,14 +61,14 @@ SCHEMA: Json = {
             "image": str, "command": [str], "args": [str], "env": [_ENV], "numNodes": int, "numProcPerNode": int,
             "resourcesPerNode": {"requests": _TEXTS, "limits": _TEXTS},
         },
-        "runtimePatches": [{"!manager": str, "trainingRuntimeSpec": {"template": {"metadata": _META, "spec": _JOB_SET}}}],
+        "runtimePatches": [{"!manager": str, "trainingRuntimeSpec": {"template": {"spec": _JOB_SET}}}],
     },
 }  # fmt: skip
 
 
 @dataclass
 class Fault:
-    """What becomes of the next ``times`` requests whose "METHOD path" matches: a status, or 0 to cut the answer short."""
+    """What becomes of the next ``times`` requests whose "METHOD path" matches: a status, or 0 for a cut answer."""
 
     pattern: str
     status: int
@@ -139,7 +139,10 @@ class KubernetesServer:
         }
         with self.lock:
             name = f"{job}-node-0-{node}-{len(self.pods)}"
-            pod: Json = {"metadata": {"name": name, "labels": labels, "creationTimestamp": now()}, "status": dict(status)}
+            pod: Json = {
+                "metadata": {"name": name, "labels": labels, "creationTimestamp": now()},
+                "status": dict(status),
+            }
             if container is not None:
                 pod["status"]["containerStatuses"] = [{"name": "sidecar"}, {"name": "node"} | container]
             self.pods.append(pod)
@@ -171,7 +174,7 @@ class KubernetesServer:
             return 422, _error(422, "Invalid", f'TrainJob "{name}" is invalid: {"; ".join(wrong)}')
         runtime = job["spec"]["runtimeRef"]["name"]
         if runtime not in self.runtimes:
-            message = f'admission webhook "validator.trainjob" denied the request: ClusterTrainingRuntime "{runtime}" not found'
+            message = f'admission webhook "v.trainer" denied the request: ClusterTrainingRuntime "{runtime}" not found'
             return 403, _error(403, "Forbidden", message)
         with self.lock:
             if name in self.jobs:
@@ -248,7 +251,14 @@ def _label(pod: Json, name: str) -> str:
 
 
 def _error(code: int, reason: str, message: str) -> Json:
-    return {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason, "message": message}
+    return {
+        "kind": "Status",
+        "apiVersion": "v1",
+        "status": "Failure",
+        "code": code,
+        "reason": reason,
+        "message": message,
+    }
 
 
 class _QuietServer(ThreadingHTTPServer):

@@ -10,8 +10,8 @@ from kubetuner.errors import Problem
 def read_rate(values: Values, own: float | None, where: str, problems: list[Problem]) -> float:
     """The learning rate of a step: with ``lr_scale`` times its pictures, with ``lr_scale_sqrt`` too times their root.
 
-    Several processes count where ``num_train_processes`` says how many, times ``num_machines``; how many GPUs a pod gets
-    is not known here.
+    Several processes count where ``num_train_processes`` says how many, and ``num_machines`` too; how many GPUs a pod
+    gets is not known here.
 
     Args:
         values: The checked keys.

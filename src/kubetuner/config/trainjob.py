@@ -1,4 +1,4 @@
-"""Where several machines train: what ``KUBETUNER_TRAINJOB`` says, as JSON, when the pipeline is compiled and when it runs.
+"""Where several machines train: what ``KUBETUNER_TRAINJOB`` says, as JSON.
 
 It describes a cluster and not a run, so it is no part of ``config.json`` and changes no cache key.
 """
@@ -31,8 +31,8 @@ class TrainJobSettings(Section):
     """What a ``TrainJob`` needs to know of the cluster.
 
     Attributes:
-        workspace_pvc: Name of a claim that many pods can write to (``ReadWriteMany``): inputs, checkpoints and the model
-            travel through it. The train step has it mounted too.
+        workspace_pvc: Name of a claim that many pods can write to (``ReadWriteMany``): inputs, checkpoints and the
+            model travel through it. The train step has it mounted too.
         mount: Where all of them mount it.
         runtime: A training runtime whose machine is PyTorch's, with a replicated job and a container called ``node``.
         runtime_kind: Whether every namespace sees it.
@@ -46,7 +46,8 @@ class TrainJobSettings(Section):
         tolerations: Taints that the nodes' pods put up with.
         node_selector: Labels that machines must have.
         service_account: Of the nodes' pods; empty for the namespace's default.
-        secrets: Environment variables from Secrets: ``{"HF_TOKEN": "hf/token"}`` is the key ``token`` of the Secret ``hf``.
+        secrets: Environment variables from Secrets: ``{"HF_TOKEN": "hf/token"}`` takes the key ``token`` of the Secret
+            ``hf``.
         env: Further environment variables, such as ``NCCL_SOCKET_IFNAME``.
         grace_seconds: How long a pod that is told to stop may take to save a checkpoint.
         start_minutes: How long pods may wait for a machine before the step gives up.
@@ -82,9 +83,9 @@ class TrainJobSettings(Section):
 def no_trainjob(machines: int) -> str:
     """What is missing for ``num_machines`` of more than one."""
     return (
-        f"num_machines is {machines}, and {TRAINJOB_VARIABLE} does not say how to reach so many: they train in a TrainJob of "
-        f"Kubeflow Trainer and share a volume ({GUIDE}). Set it when the pipeline is compiled. On a single machine, set "
-        "num_machines to 1; num_train_processes is for its GPUs."
+        f"num_machines is {machines}, and {TRAINJOB_VARIABLE} does not say how to reach so many: they train in a "
+        f"TrainJob of Kubeflow Trainer and share a volume ({GUIDE}). Set it when the pipeline is compiled. On a single "
+        "machine, set num_machines to 1; num_train_processes is for its GPUs."
     )
 
 

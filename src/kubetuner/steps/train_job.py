@@ -6,7 +6,7 @@
                                  words/     the task, and what goes wrong in any process
                                  model/     the nodes' output, with checkpoints until it is complete
 
-The TrainJob has the name of the run's fingerprint, so whoever starts the same run again finds it, its checkpoints or its model.
+The TrainJob is named by the run's fingerprint: who starts the same run again finds it, its checkpoints or its model.
 """
 
 import logging
@@ -29,7 +29,7 @@ from kubetuner.artifacts import (
 from kubetuner.config.sections import TrainSection
 from kubetuner.config.trainjob import GUIDE, TrainJobSettings
 from kubetuner.digests import fingerprint
-from kubetuner.errors import InputError, TrainingError
+from kubetuner.errors import ArtifactError, InputError, TrainingError
 from kubetuner.steps.train import WorkerRequest
 from kubetuner.training.interruption import StopRequest
 from kubetuner.training.launch import ARGUMENT_FILE
@@ -98,10 +98,10 @@ def _check(settings: TrainJobSettings) -> None:
         InputError: Names it all.
     """
     problems = settings.unseen()
-    if not os.path.ismount(settings.mount) and not os.path.isdir(settings.mount):
+    if not os.path.isdir(settings.mount):
         problems.append(
-            f"{settings.mount} is no folder; the claim {settings.workspace_pvc!r} must be mounted there in this pod too, which "
-            "kubetuner compile does where KUBETUNER_TRAINJOB is set"
+            f"{settings.mount} is no folder; the claim {settings.workspace_pvc!r} must be mounted there in this pod "
+            "too, which kubetuner compile does where KUBETUNER_TRAINJOB is set"
         )
     elif not os.access(settings.mount, os.W_OK):
         problems.append(f"{settings.mount} cannot be written to by user {os.getuid()}; see fsGroup of the volume")
@@ -135,6 +135,11 @@ def _copy(source: Path, target: Path) -> Path:
 def _fetch(model: Path, out: Path) -> ModelArtifact:
     """The model artifact, copied to ``out``: its files first, ``artifact.json`` last."""
     artifact = read_artifact(model, ModelArtifact)
+    try:
+        verify_files(model, artifact)
+    except ArtifactError:
+        (model / ARTIFACT_FILE).unlink()  # The next attempt makes it anew.
+        raise
     out.mkdir(parents=True, exist_ok=True)
     for entry in artifact.files:
         (out / entry.path).parent.mkdir(parents=True, exist_ok=True)

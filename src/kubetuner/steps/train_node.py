@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from kubetuner.errors import InputError, KubetunerError
+from kubetuner.errors import InputError
 from kubetuner.steps.train import WORKER_MODULE, WorkerRequest
 from kubetuner.training.failures import first_error, report, report_codes
 from kubetuner.training.launch import ARGUMENT_FILE, Group, run_workers, wanted_processes
@@ -27,9 +27,7 @@ def main(folder: Path) -> int:
         request = WorkerRequest.model_validate_json((folder / ARGUMENT_FILE).read_bytes())
         group = group_of(os.environ, wanted_processes(request.section))
     except (InputError, OSError) as error:
-        said = (
-            error if isinstance(error, InputError) else InputError(f"{folder}: {error}; do all nodes mount the claim?")
-        )
+        said = InputError(f"{folder}: {error}; is the claim mounted?") if isinstance(error, OSError) else error
         if folder.is_dir():
             report(folder, f"node-{node}", said)
         print(f"error: node {node}: {said}", file=sys.stderr)  # noqa: T201
@@ -39,8 +37,8 @@ def main(folder: Path) -> int:
         return 0
     count = group.machines * group.here
     report_codes(folder, group.machine, count, ended.codes)
-    error_: KubetunerError = first_error(folder, ended.codes, count, stopped=ended.stopped)
-    print(f"error: node {node}: {error_}", file=sys.stderr)  # noqa: T201
+    cause = first_error(folder, ended.codes, count, stopped=ended.stopped)
+    print(f"error: node {node}: {cause}", file=sys.stderr)  # noqa: T201
     return 1
 
 
@@ -59,9 +57,7 @@ def group_of(environment: Mapping[str, str], processes: int) -> Group:
     address = environment.get("PET_MASTER_ADDR", "")
     if wrong or not address:
         wrong += [] if address else ["PET_MASTER_ADDR is missing"]
-        raise InputError(
-            f"this is no node of a TrainJob, or its runtime is not one for PyTorch (mlPolicy.torch): {'; '.join(wrong)}."
-        )
+        raise InputError(f"this is no node of a TrainJob, or its runtime has no mlPolicy.torch: {'; '.join(wrong)}.")
     machines, machine, port = (int(environment[name]) for name in names)
     return Group(processes, address, port, machines, machine)
 

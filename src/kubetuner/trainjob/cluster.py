@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kubetuner.config.trainjob import GUIDE
+from kubetuner.config.trainjob import GUIDE, TRAINJOB_VARIABLE
 from kubetuner.errors import InputError, TrainingError
 from kubetuner.training.interruption import StopRequest, TerminatedError
 from kubetuner.trainjob.manifest import API_VERSION, NODE
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 PATIENCE_SECONDS = 600.0
+# Of those that a pod has after SIGTERM, to take the TrainJob away.
+FAREWELL_SECONDS = 20.0
 _PAUSE_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
 _TIMEOUT = (10.0, 60.0)
 _FIRST_LINES = 1000
@@ -31,8 +33,8 @@ Json = dict[str, Any]
 class Cluster:
     """One namespace, as the pod's service account sees it.
 
-    Every method raises ``InputError`` for what the cluster refuses (no rights, no Trainer, an object that it does not take) and
-    ``TrainingError`` when it cannot be reached; ``TerminatedError`` when SIGTERM arrives while it waits for that.
+    Every method raises ``InputError`` for what the cluster refuses (no rights, no Trainer, an object that it does not
+    take) and ``TrainingError`` when it cannot be reached; ``TerminatedError`` when SIGTERM arrives while it waits.
     """
 
     def __init__(self, url: str, namespace: str, account: Path, stop: StopRequest) -> None:
@@ -54,7 +56,7 @@ class Cluster:
         if not host or not (SERVICE_ACCOUNT / "token").is_file():
             raise InputError(
                 "a TrainJob can only be made from inside a pod with a service account: KUBERNETES_SERVICE_HOST and "
-                f"{SERVICE_ACCOUNT}/token say where it is, and one is missing. Unset KUBETUNER_TRAINJOB to train here."
+                f"{SERVICE_ACCOUNT}/token say where it is, and one is missing. Unset {TRAINJOB_VARIABLE} to train here."
             )
         address = f"[{host}]" if ":" in host else host
         own = (SERVICE_ACCOUNT / "namespace").read_text(encoding="utf-8").strip()
@@ -131,7 +133,7 @@ class Cluster:
         """The answer, if it is good or its code is in ``quiet``."""
         from requests.exceptions import RequestException
 
-        given_up, pauses = time.monotonic() + PATIENCE_SECONDS, iter(_PAUSE_SECONDS)
+        asked, pauses = time.monotonic(), iter(_PAUSE_SECONDS)
         while True:
             try:
                 answer = self._send(method, path, query, body)
@@ -143,13 +145,25 @@ class Cluster:
                     raise self._refused(method, path, answer)
             except RequestException as error:
                 reason = f"{type(error).__name__}: {error}"
-            if time.monotonic() > given_up:
-                raise TrainingError(
-                    f"the Kubernetes API cannot be used for {PATIENCE_SECONDS / 60:.0f} minutes ({method} {path}: {reason}); "
-                    "a TrainJob that runs goes on, and running again finds it"
-                )
-            if self._stop.wait(next(pauses, _PAUSE_SECONDS[-1])):
-                raise TerminatedError(f"stopped by SIGTERM while the Kubernetes API could not be used ({reason})")
+            self._pause(
+                method, f"{method} {path}: {reason}", time.monotonic() - asked, next(pauses, _PAUSE_SECONDS[-1])
+            )
+
+    def _pause(self, method: str, reason: str, tried: float, seconds: float) -> None:
+        """Wait before asking again; a TrainJob is taken away even after SIGTERM."""
+        removing = method == "DELETE"
+        stopped = self._stop.received if removing else self._stop.wait(seconds)
+        if stopped and not (removing and tried < FAREWELL_SECONDS):
+            raise TerminatedError(
+                f"stopped by SIGTERM while the Kubernetes API could not be used ({reason}); run again to resume"
+            )
+        if tried > PATIENCE_SECONDS:
+            raise TrainingError(
+                f"the Kubernetes API could not be used for {PATIENCE_SECONDS / 60:g} minutes ({reason}); a TrainJob "
+                "that runs goes on, and running again finds it"
+            )
+        if removing:
+            time.sleep(seconds)
 
     def _send(self, method: str, path: str, query: Mapping[str, object] | None, body: Json | None) -> "Response":
         token = (self._account / "token").read_text(encoding="utf-8").strip()  # It is renewed every hour.
@@ -164,13 +178,13 @@ class Cluster:
         message = _status(answer).get("message") or answer.text[:500]
         if answer.status_code in (401, 403) and "denied the request" not in message:
             return InputError(
-                f"the service account of the train step may not {method} {path}: {message}. It needs the Role in {GUIDE}, "
-                f"bound in the namespace {self.namespace}."
+                f"the service account of the train step may not {method} {path}: {message}. It needs the Role in "
+                f"{GUIDE}, bound in the namespace {self.namespace}."
             )
         if answer.status_code == 404 and not _status(answer):
             return InputError(
-                f"the cluster does not know {API_VERSION}: Kubeflow Trainer is not installed in it, or not in version 2. "
-                f"Install it ({GUIDE}), or set num_machines to 1 and compile without KUBETUNER_TRAINJOB."
+                f"the cluster does not know {API_VERSION}: Kubeflow Trainer 2 is not installed in it. Install it "
+                f"({GUIDE}), or set num_machines to 1 and compile without {TRAINJOB_VARIABLE}."
             )
         return InputError(f"the cluster refused {method} {path} ({answer.status_code}): {message}")
 

@@ -1,10 +1,10 @@
 """A TrainJob from its submission to its end: what it prints, why it waits, and the one error that it ends with.
 
-Everything is asked for again every few seconds. A watch of Kubernetes' would tell sooner, and must be opened anew when it ends,
-expires or is cut; nothing here is in such a hurry.
+Everything is asked for again every few seconds. A watch of Kubernetes' would tell sooner, and must be opened anew when
+it ends, expires or is cut; nothing here is in such a hurry.
 
-One node that fails ends the whole: the others could only wait for it. The TrainJob is taken away then, the step fails, and
-started again it goes on from the last checkpoint, as with one pod.
+One node that fails ends the whole: the others could only wait for it. The TrainJob is taken away then, the step fails,
+and started again it goes on from the last checkpoint, as with one pod.
 """
 
 import logging
@@ -85,9 +85,7 @@ def follow(cluster: Cluster, job: Json, words: Path, start_minutes: float, stop:
     while True:
         found = cluster.find(name)
         if found is None or _is_going(found):
-            raise TrainingError(
-                f"TrainJob {cluster.namespace}/{name} was deleted by someone else; run again to go on from its last checkpoint"
-            )
+            raise TrainingError(f"TrainJob {cluster.namespace}/{name} was deleted by someone else; run again to resume")
         error = following.look(found)
         if error is None and _end(found) == "Complete":
             return
@@ -162,13 +160,12 @@ class _Following:
         )
 
     def _cause(self, job: Json, pods: dict[int, Any]) -> KubetunerError:
-        """Why it failed: by what was done to a pod, by what a process has left, by what Kubernetes says, in this order."""
-        killed = [
-            f"node {number} of {self.nodes}: {told.fall(pod)}" for number, pod in pods.items() if told.was_killed(pod)
-        ]
-        if killed:
-            hint = ' More memory is asked for by "memory" of KUBETUNER_TRAINJOB.' if "OOMKilled" in killed[0] else ""
-            return TrainingError(f"{killed[0]}; run again to resume.{hint}")
+        """Why it failed: what was done to a pod, or else what a process has left, or else what Kubernetes says."""
+        for number, pod in sorted(pods.items()):
+            if told.was_killed(pod):
+                how = told.fall(pod)
+                hint = '; give it more by "memory" of KUBETUNER_TRAINJOB' if how.startswith("OOMKilled") else ""
+                return TrainingError(f"node {number} of {self.nodes} was ended: {how}{hint}; run again to resume")
         codes, count = exit_codes(self.words)
         if codes:
             return first_error(self.words, codes, count, stopped=False)

@@ -83,7 +83,7 @@ def _environment(settings: TrainJobSettings) -> list[dict[str, Any]]:
     shown = [name for name, value in values.items() if _WITH_PASSWORD.search(value) and name not in settings.secrets]
     if shown:
         raise InputError(
-            f"{', '.join(shown)} holds a password, which everyone who may see the TrainJob could read; put it in a Secret "
+            f"{', '.join(shown)} holds a password, which all who may see the TrainJob could read; put it in a Secret "
             f'and name that in {TRAINJOB_VARIABLE}: "secrets": {{"{shown[0]}": "SECRET/KEY"}}.'
         )
     plain = [{"name": name, "value": value} for name, value in values.items() if name not in settings.secrets]
