@@ -7,13 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from kubetuner.artifacts import ModelArtifact, read_artifact, verify_files
+from kubetuner.artifacts import ModelArtifact, describe_file, read_artifact, verify_files, write_artifact
 from kubetuner.config.trainjob import TrainJobSettings
 from kubetuner.errors import ArtifactError, InputError
 from kubetuner.steps.train import train
+from kubetuner.steps.train_job import _fetch
+from kubetuner.steps.train_node import group_of
+from kubetuner.steps.train_node import main as node_main
+from kubetuner.training.failures import known_error
 from kubetuner.training.interruption import TerminatedError
+from kubetuner.training.launch import Group
 from kubetuner.trainjob import cluster as clusters
 from kubetuner.trainjob import follow as following
+from kubetuner.trainjob.cluster import Json
 from tests.servers.kubernetes import KubernetesServer, LocalNodes, pod_environment, tell_to_stop, wait_until
 from tests.unit.steps.test_train import _caches, _local, _section  # noqa: F401 - the fixture is used by being here
 from tests.unit.steps.test_train_processes import ALONE, _losses
@@ -67,3 +73,148 @@ def test_two_machines_train_what_one_does(
     assert caplog.text.count("Trained to step 3") == 2  # By the one, and by the first node, in the log that was cut.
     wait_until(lambda: not server.jobs)
     assert not list((workspace / "kubetuner").iterdir())
+
+
+def test_a_run_that_is_stopped_goes_on_with_another_number_of_machines(
+    tmp_path: Path, server: KubernetesServer, workspace: Path
+) -> None:
+    caches, out = _caches(tmp_path, "sana"), tmp_path / "out"
+    settings = SHARED | {"max_train_steps": 40, "checkpoint_step_interval": 2}
+
+    def tell() -> None:
+        wait_until(lambda: list(workspace.glob("kubetuner/*/model/checkpoints/*/checkpoint-*")), 120)
+        tell_to_stop()
+
+    teller = threading.Thread(target=tell)
+    teller.start()
+    with pytest.raises(TerminatedError, match=r"nodes are told to save a checkpoint\. Run again to resume"):
+        train(_section(tmp_path, "sana", **settings, **TWO), *caches, out)
+    teller.join()
+    wait_until(lambda: not server.jobs)
+    assert not out.exists()
+    saved = [
+        int(path.name.partition("-")[2]) for path in workspace.glob("kubetuner/*/model/checkpoints/*/checkpoint-*")
+    ]
+
+    shorter = _section(tmp_path, "sana", **settings, **ALONE)
+    artifact = train(shorter, *caches, out)
+
+    assert (artifact.num_processes, artifact.steps) == (1, 40)
+    assert 0 < max(saved) < 40
+    first = next(iter(server.logs))
+    assert any(f"Resuming after step {max(saved)} of 40" in line for line in server.logs[first])
+    assert len(_losses(out)) == 40
+    assert not list((workspace / "kubetuner").iterdir())
+
+
+def test_a_model_that_is_there_already_is_only_fetched(
+    tmp_path: Path, server: KubernetesServer, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step was killed after the TrainJob had ended."""
+    caches, section = _caches(tmp_path, "sana"), _section(tmp_path, "sana", **SHARED, **TWO)
+    fetched: list[Path] = []
+
+    def killed(model: Path, out: Path) -> ModelArtifact:
+        fetched.append(model)
+        raise KeyboardInterrupt
+
+    def finish(job: Json) -> None:
+        with monkeypatch.context() as without:
+            without.delenv("KUBETUNER_TRAINJOB")
+            train(_section(tmp_path, "sana", **SHARED, **ALONE), *caches, words_of(job).parent / "model")
+        server.end(job["metadata"]["name"], "Complete")
+
+    server.when_created, server.when_deleted = finish, lambda _name: None
+    with monkeypatch.context() as dying:
+        dying.setattr("kubetuner.steps.train_job._fetch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(section, *caches, tmp_path / "out")
+    assert (fetched[0] / "artifact.json").is_file()
+    asked = len(server.asked)
+
+    artifact = train(section, *caches, tmp_path / "out")
+
+    verify_files(tmp_path / "out", artifact)
+    assert [line.split()[0] for line in server.asked[asked:]] == ["DELETE"]
+    assert not list((workspace / "kubetuner").iterdir())
+
+
+def test_a_damaged_model_is_made_anew(tmp_path: Path, server: KubernetesServer, workspace: Path) -> None:
+    """Only what it was told to be is taken."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "losses.jsonl").write_text("{}")
+    entry = describe_file(model, "losses.jsonl")
+    made = ModelArtifact(
+        fingerprint="f", files=(entry,), family="sana", model_type="lora", base_model="b", base_revision="r", steps=1,
+        first_loss=1.0, last_loss=1.0,
+    )  # fmt: skip
+    write_artifact(model, made)
+    (model / "losses.jsonl").write_text("[]")
+
+    with pytest.raises(ArtifactError, match="damaged"):
+        _fetch(model, tmp_path / "out")
+
+    assert not (model / "artifact.json").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_everything_wrong_with_the_place_is_told_before_anything_is_asked(
+    tmp_path: Path, server: KubernetesServer, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches, section = _caches(tmp_path, "sana"), _section(tmp_path, "sana", **SHARED, **TWO)
+    settings = TrainJobSettings(workspace_pvc="shared", mount=str(tmp_path / "none"), gpus=0)
+    monkeypatch.setenv("KUBETUNER_TRAINJOB", settings.to_json())
+    monkeypatch.setenv("KUBETUNER_STORE", str(tmp_path / "store"))
+
+    with pytest.raises(InputError) as caught:
+        train(section, *caches, tmp_path / "out")
+
+    for part in ("KUBETUNER_STORE is", "none is no folder; the claim 'shared' must be mounted", "image is empty"):
+        assert part in str(caught.value)
+    assert not server.asked
+
+    monkeypatch.delenv("KUBETUNER_TRAINJOB")
+    with pytest.raises(InputError, match="num_machines is 2, and KUBETUNER_TRAINJOB does not say"):
+        train(section, *caches, tmp_path / "out")
+
+
+def test_a_right_that_is_missing_is_found_before_anything_is_copied(
+    tmp_path: Path, server: KubernetesServer, workspace: Path
+) -> None:
+    server.fail("/log$", 403, message="pods/log is forbidden")
+    with pytest.raises(InputError, match=r"pods/log is forbidden\. It needs the Role"):
+        train(_section(tmp_path, "sana", **SHARED, **TWO), *_caches(tmp_path, "sana"), tmp_path / "out")
+    assert not list(workspace.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, r"no node of a TrainJob.*PET_NNODES is None; PET_NODE_RANK is None.*PET_MASTER_ADDR is missing"),
+        ({"PET_NNODES": "auto"}, "PET_NNODES is 'auto'"),
+    ],
+)
+def test_a_node_that_does_not_know_its_place(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        group_of(environment, 1)
+
+
+def test_a_node_knows_its_place() -> None:
+    places = {
+        "PET_NNODES": "3",
+        "PET_NODE_RANK": "2",
+        "PET_MASTER_ADDR": "job-node-0-0.job",
+        "PET_MASTER_PORT": "29500",
+    }
+    assert group_of(places, 4) == Group(4, "job-node-0-0.job", 29500, machines=3, machine=2)
+
+
+def test_a_node_without_its_task_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert node_main(tmp_path) == 2
+    assert "is the claim mounted?" in capsys.readouterr().err
+    assert isinstance(known_error(tmp_path), InputError)
+
+
+def words_of(job: Json) -> Path:
+    return Path(job["spec"]["trainer"]["args"][0])

@@ -89,7 +89,7 @@ def test_a_token_is_read_each_time(cluster: Cluster, server: KubernetesServer) -
 def test_no_trainer(cluster: Cluster, server: KubernetesServer, job: Json) -> None:
     server.installed = False
     for ask in (cluster.check_rights, lambda: cluster.create(job)):
-        with pytest.raises(InputError, match="does not know trainer.kubeflow.org/v1alpha1: Kubeflow Trainer 2 is not"):
+        with pytest.raises(InputError, match=r"does not know trainer\.kubeflow\.org/v1alpha1: Kubeflow Trainer 2"):
             ask()
 
 

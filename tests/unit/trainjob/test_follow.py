@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ RUNS = {"state": {"running": {}}}
 PULLS = {"state": {"waiting": {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "train:1"'}}}
 STARTS = {"state": {"waiting": {"reason": "ContainerCreating"}}}
 NO_ROOM = {
-    "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes are available: 3 Insufficient gpu",
+    "type": "PodScheduled", "status": "False", "reason": "Unschedulable",
+    "message": "0/3 nodes are available: 3 Insufficient gpu",
 }  # fmt: skip
 
 
@@ -57,6 +59,9 @@ def test_the_log_is_shown_once_whatever_is_cut(
     server.fail("GET .*/trainjobs/", 503, 2)
     expected = [f"step {number}" for number in range(60)]
 
+    def shown(line: str) -> bool:
+        return line in caplog.messages
+
     def prints() -> None:
         wait_until(lambda: server.pods)
         first = server.pods[0]["metadata"]["name"]
@@ -65,7 +70,7 @@ def test_the_log_is_shown_once_whatever_is_cut(
             server.print(server.pods[1]["metadata"]["name"], "of the other node")
             if number % 20 == 10:
                 server.fail("GET .*/log$", 0)
-                wait_until(lambda: line in caplog.messages)
+                wait_until(partial(shown, line))
         server.end(NAME, "Complete")
 
     run(RUNS, RUNS, meanwhile=prints)
@@ -148,7 +153,7 @@ def test_the_first_error_of_a_node_is_the_one(run: Callable[..., None], server: 
 @pytest.mark.parametrize(
     ("container", "codes", "message"),
     [
-        ({"state": ended(137, "OOMKilled")}, {}, r"node 1 of 2 was ended: OOMKilled, exit code 137; give it more by .memory"),
+        ({"state": ended(137, "OOMKilled")}, {}, r"node 1 of 2 was ended: OOMKilled, exit code 137; give it more"),
         ({"lastState": ended(137, "OOMKilled")} | RUNS, {0: 1}, r"node 1 of 2 was ended: OOMKilled, exit code 137"),
         ({"state": ended(1)}, {2: -9, 0: 1}, r"process 2 of 4 was ended by SIGKILL; the pod may be short of memory"),
         ({"state": ended(1)}, {0: 1}, r"^Connection closed by peer$"),

@@ -11,8 +11,8 @@ from tests.servers.kubernetes import problems
 
 WORDS = Path("/workspace/kubetuner/x/words")
 EVERYTHING = TrainJobSettings(
-    workspace_pvc="shared", mount="/data", runtime="mine", runtime_kind="TrainingRuntime", image="train:1", gpus=4, cpu="8",
-    memory="64Gi", tolerations=(Toleration(key="gpu", operator="Exists", effect="NoSchedule"),),
+    workspace_pvc="shared", mount="/data", runtime="mine", runtime_kind="TrainingRuntime", image="train:1", gpus=4,
+    cpu="8", memory="64Gi", tolerations=(Toleration(key="gpu", operator="Exists", effect="NoSchedule"),),
     node_selector={"pool": "a100"}, service_account="trainer", secrets={"HF_TOKEN": "hf/token"},
     env={"NCCL_SOCKET_IFNAME": "eth0"}, grace_seconds=120,
 )  # fmt: skip
