@@ -46,6 +46,7 @@ class TrainJobSettings(Section):
         tolerations: Taints that the nodes' pods put up with.
         node_selector: Labels that machines must have.
         service_account: Of the nodes' pods; empty for the namespace's default.
+        labels: Of the TrainJob, such as ``kueue.x-k8s.io/queue-name``.
         secrets: Environment variables from Secrets: ``{"HF_TOKEN": "hf/token"}`` takes the key ``token`` of the Secret
             ``hf``.
         env: Further environment variables, such as ``NCCL_SOCKET_IFNAME``.
@@ -67,6 +68,7 @@ class TrainJobSettings(Section):
     tolerations: tuple[Toleration, ...] = ()
     node_selector: dict[str, str] = Field(default_factory=dict)
     service_account: str = ""
+    labels: dict[str, str] = Field(default_factory=dict)
     secrets: dict[str, Annotated[str, Field(pattern=r"^[^/]+/[^/]+$")]] = Field(default_factory=dict)
     env: dict[str, str] = Field(default_factory=dict)
     grace_seconds: int = Field(default=300, ge=1)

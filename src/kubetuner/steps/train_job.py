@@ -28,7 +28,7 @@ from kubetuner.artifacts import (
 )
 from kubetuner.config.sections import TrainSection
 from kubetuner.config.trainjob import GUIDE, TrainJobSettings
-from kubetuner.digests import fingerprint
+from kubetuner.digests import fingerprint, sha256_of
 from kubetuner.errors import ArtifactError, InputError, TrainingError
 from kubetuner.steps.train import WorkerRequest
 from kubetuner.training.interruption import StopRequest
@@ -64,7 +64,7 @@ def train_in_job(
     """
     parents = [read_artifact(folder, LatentsArtifact).fingerprint for folder in latents]
     parents += [read_artifact(folder, TextEmbedsArtifact).fingerprint for folder in text_embeds]
-    _check(settings)
+    _check(settings, section.num_train_processes)
     name = f"kubetuner-{fingerprint('trainjob', section.deciding_with(0), *parents)[:16]}"
     shared = Path(settings.mount) / "kubetuner" / name
     model, words = shared / "model", shared / "words"
@@ -91,8 +91,8 @@ def train_in_job(
     return artifact
 
 
-def _check(settings: TrainJobSettings) -> None:
-    """What would make every node fail.
+def _check(settings: TrainJobSettings, processes: int) -> None:
+    """What would make every node fail; ``processes`` is what each is to start, 0 for one per GPU.
 
     Raises:
         InputError: Names it all.
@@ -105,6 +105,8 @@ def _check(settings: TrainJobSettings) -> None:
         )
     elif not os.access(settings.mount, os.W_OK):
         problems.append(f"{settings.mount} cannot be written to by user {os.getuid()}; see fsGroup of the volume")
+    if settings.gpus and processes > settings.gpus:
+        problems.append(f"num_train_processes is {processes} and each node has {settings.gpus} GPU(s)")
     if not settings.image:
         problems.append("image is empty; kubetuner compile fills it in, or name the train image")
     if problems:
@@ -112,21 +114,18 @@ def _check(settings: TrainJobSettings) -> None:
 
 
 def _share(folders: Sequence[Path], root: Path) -> tuple[Path, ...]:
-    """Copies of artifacts where all nodes can read them; those that are there already are left alone."""
-    return tuple(_copy(folder, root / str(number)) for number, folder in enumerate(folders))
+    """Copies of artifacts where all nodes can read them, named by content: nodes may be reading earlier ones."""
+    return tuple(_copy(folder, root / sha256_of(folder / ARTIFACT_FILE)[:16]) for folder in folders)
 
 
 def _copy(source: Path, target: Path) -> Path:
     """``source`` at ``target``, which appears when it is whole."""
-    same = (target / ARTIFACT_FILE).is_file()
-    if same and (target / ARTIFACT_FILE).read_bytes() == (source / ARTIFACT_FILE).read_bytes():
+    if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".copy.") as name:
-            whole = shutil.copytree(source, Path(name) / "whole")
-            shutil.rmtree(target, ignore_errors=True)
-            whole.rename(target)
+            shutil.copytree(source, Path(name) / "whole").rename(target)
     except (OSError, shutil.Error) as error:
         raise TrainingError(f"{source} cannot be copied to the shared volume ({target}): {error}") from error
     return target

@@ -25,7 +25,7 @@ def main(folder: Path) -> int:
     node = os.environ.get("PET_NODE_RANK", "?")
     try:
         request = WorkerRequest.model_validate_json((folder / ARGUMENT_FILE).read_bytes())
-        group = group_of(os.environ, wanted_processes(request.section))
+        group = group_of(os.environ, request.section.num_train_processes or wanted_processes(request.section))
     except (InputError, OSError) as error:
         said = InputError(f"{folder}: {error}; is the claim mounted?") if isinstance(error, OSError) else error
         if folder.is_dir():

@@ -1,7 +1,8 @@
 """Starting the processes of a pod, and making one message of what goes wrong in any of them.
 
 What ``torchrun --standalone`` would do, but that a process that is told to stop has all the time it needs to save
-a checkpoint (``torchrun`` kills after 30 s), and that a person sees the first error and no other.
+a checkpoint (``torchrun`` kills after 30 s), and that a person sees the first error and no other. torch is only loaded
+to count GPUs and to keep the store.
 """
 
 import logging
@@ -13,9 +14,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import kubetuner
 from kubetuner.config.sections import TrainSection
@@ -40,6 +38,8 @@ def wanted_processes(section: TrainSection) -> int:
     """
     if "WORLD_SIZE" in os.environ:
         return 1
+    import torch
+
     gpus, asked = torch.cuda.device_count(), section.num_train_processes
     if asked > gpus > 0:
         raise InputError(
@@ -64,6 +64,8 @@ def launch(module: str, argument: str, count: int) -> None:
         TerminatedError: SIGTERM arrived, and they stopped.
         KubetunerError: The first error of a process, or how it died; the others were stopped.
     """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
     with tempfile.TemporaryDirectory(prefix="kubetuner-") as name:
         folder = Path(name)
         (folder / ARGUMENT_FILE).write_text(argument, encoding="utf-8")

@@ -83,14 +83,15 @@ def follow(cluster: Cluster, job: Json, words: Path, start_minutes: float, stop:
     name = job["metadata"]["name"]
     following = _Following(cluster, name, _nodes(job), words, start_minutes)
     while True:
+        if stop.received:
+            cluster.delete(name)
+            raise TerminatedError("stopped by SIGTERM; the nodes are told to save a checkpoint. Run again to resume")
         found = cluster.find(name)
         if found is None or _is_going(found):
             raise TrainingError(f"TrainJob {cluster.namespace}/{name} was deleted by someone else; run again to resume")
         error = following.look(found)
         if error is None and _end(found) == "Complete":
             return
-        if stop.received:
-            error = TerminatedError("stopped by SIGTERM; the nodes are told to save a checkpoint. Run again to resume")
         if error is not None:
             cluster.delete(name)
             raise error

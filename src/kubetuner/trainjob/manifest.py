@@ -58,7 +58,7 @@ def make_trainjob(
         "kind": "TrainJob",
         "metadata": {
             "name": name,
-            "labels": {"app.kubernetes.io/managed-by": "kubetuner"},
+            "labels": {"app.kubernetes.io/managed-by": "kubetuner"} | settings.labels,
             "annotations": {REQUEST: request},
         },
         "spec": {

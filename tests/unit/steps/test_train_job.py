@@ -2,19 +2,20 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from kubetuner.artifacts import ModelArtifact, describe_file, read_artifact, verify_files, write_artifact
+from kubetuner.config.sections import TrainSection
 from kubetuner.config.trainjob import TrainJobSettings
 from kubetuner.errors import ArtifactError, InputError
-from kubetuner.steps.train import train
+from kubetuner.steps.train import WorkerRequest, train
 from kubetuner.steps.train_job import _fetch
 from kubetuner.steps.train_node import group_of
 from kubetuner.steps.train_node import main as node_main
-from kubetuner.training.failures import known_error
+from kubetuner.training.failures import exit_codes, known_error
 from kubetuner.training.interruption import TerminatedError
 from kubetuner.training.launch import Group
 from kubetuner.trainjob import cluster as clusters
@@ -76,8 +77,10 @@ def test_two_machines_train_what_one_does(
 
 
 def test_a_run_that_is_stopped_goes_on_with_another_number_of_machines(
-    tmp_path: Path, server: KubernetesServer, workspace: Path
-) -> None:
+    tmp_path: Path, server: KubernetesServer, workspace: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    caplog.set_level("INFO")
     caches, out = _caches(tmp_path, "sana"), tmp_path / "out"
     settings = SHARED | {"max_train_steps": 40, "checkpoint_step_interval": 2}
 
@@ -96,13 +99,12 @@ def test_a_run_that_is_stopped_goes_on_with_another_number_of_machines(
         int(path.name.partition("-")[2]) for path in workspace.glob("kubetuner/*/model/checkpoints/*/checkpoint-*")
     ]
 
-    shorter = _section(tmp_path, "sana", **settings, **ALONE)
-    artifact = train(shorter, *caches, out)
+    server.when_created = _trains_here(server, _section(tmp_path, "sana", **settings, **ALONE), caches, monkeypatch)
+    artifact = train(_section(tmp_path, "sana", **settings, **TWO), *caches, out)
 
     assert (artifact.num_processes, artifact.steps) == (1, 40)
     assert 0 < max(saved) < 40
-    first = next(iter(server.logs))
-    assert any(f"Resuming after step {max(saved)} of 40" in line for line in server.logs[first])
+    assert f"Resuming after step {max(saved)} of 40" in caplog.text
     assert len(_losses(out)) == 40
     assert not list((workspace / "kubetuner").iterdir())
 
@@ -118,13 +120,7 @@ def test_a_model_that_is_there_already_is_only_fetched(
         fetched.append(model)
         raise KeyboardInterrupt
 
-    def finish(job: Json) -> None:
-        with monkeypatch.context() as without:
-            without.delenv("KUBETUNER_TRAINJOB")
-            train(_section(tmp_path, "sana", **SHARED, **ALONE), *caches, words_of(job).parent / "model")
-        server.end(job["metadata"]["name"], "Complete")
-
-    server.when_created, server.when_deleted = finish, lambda _name: None
+    server.when_created = _trains_here(server, _section(tmp_path, "sana", **SHARED, **ALONE), caches, monkeypatch)
     with monkeypatch.context() as dying:
         dying.setattr("kubetuner.steps.train_job._fetch", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -162,15 +158,19 @@ def test_a_damaged_model_is_made_anew(tmp_path: Path, server: KubernetesServer, 
 def test_everything_wrong_with_the_place_is_told_before_anything_is_asked(
     tmp_path: Path, server: KubernetesServer, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caches, section = _caches(tmp_path, "sana"), _section(tmp_path, "sana", **SHARED, **TWO)
-    settings = TrainJobSettings(workspace_pvc="shared", mount=str(tmp_path / "none"), gpus=0)
+    caches, section = (
+        _caches(tmp_path, "sana"),
+        _section(tmp_path, "sana", **SHARED, **TWO | {"num_train_processes": 3}),
+    )
+    settings = TrainJobSettings(workspace_pvc="shared", mount=str(tmp_path / "none"), gpus=2)
     monkeypatch.setenv("KUBETUNER_TRAINJOB", settings.to_json())
     monkeypatch.setenv("KUBETUNER_STORE", str(tmp_path / "store"))
 
     with pytest.raises(InputError) as caught:
         train(section, *caches, tmp_path / "out")
 
-    for part in ("KUBETUNER_STORE is", "none is no folder; the claim 'shared' must be mounted", "image is empty"):
+    parts = ("KUBETUNER_STORE is", "none is no folder; the claim 'shared' must be mounted", "image is empty")
+    for part in (*parts, "each node has 2 GPU"):
         assert part in str(caught.value)
     assert not server.asked
 
@@ -216,5 +216,37 @@ def test_a_node_without_its_task_says_so(tmp_path: Path, capsys: pytest.CaptureF
     assert isinstance(known_error(tmp_path), InputError)
 
 
-def words_of(job: Json) -> Path:
-    return Path(job["spec"]["trainer"]["args"][0])
+def test_a_node_leaves_word_of_what_its_processes_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = _section(tmp_path, "sana", **SHARED, **TWO)
+    missing = (tmp_path / "nothing",)
+    request = WorkerRequest(section=section, latents=missing, text_embeds=missing, out=tmp_path / "out")
+    (tmp_path / "argument").write_text(request.model_dump_json())
+    places = {"PET_NNODES": "1", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": "29500"}
+    for name, value in places.items():
+        monkeypatch.setenv(name, value)
+
+    assert node_main(tmp_path) == 1
+
+    assert exit_codes(tmp_path) == ({0: 1}, 1)
+    assert isinstance(known_error(tmp_path), ArtifactError)
+    assert "error: node 0: " in capsys.readouterr().err
+
+
+def _trains_here(
+    server: KubernetesServer,
+    section: TrainSection,
+    caches: tuple[list[Path], list[Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[Json], None]:
+    """A cluster that does a TrainJob's work in this process, as one node of one process would."""
+
+    def work(job: Json) -> None:
+        with monkeypatch.context() as without:
+            without.delenv("KUBETUNER_TRAINJOB")
+            train(section, *caches, Path(job["spec"]["trainer"]["args"][0]).parent / "model")
+        server.end(job["metadata"]["name"], "Complete")
+
+    server.when_deleted = lambda _name: None
+    return work

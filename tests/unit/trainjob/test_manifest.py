@@ -14,7 +14,7 @@ EVERYTHING = TrainJobSettings(
     workspace_pvc="shared", mount="/data", runtime="mine", runtime_kind="TrainingRuntime", image="train:1", gpus=4,
     cpu="8", memory="64Gi", tolerations=(Toleration(key="gpu", operator="Exists", effect="NoSchedule"),),
     node_selector={"pool": "a100"}, service_account="trainer", secrets={"HF_TOKEN": "hf/token"},
-    env={"NCCL_SOCKET_IFNAME": "eth0"}, grace_seconds=120,
+    env={"NCCL_SOCKET_IFNAME": "eth0"}, grace_seconds=120, labels={"kueue.x-k8s.io/queue-name": "research"},
 )  # fmt: skip
 
 
@@ -57,6 +57,7 @@ def test_everything_reaches_the_pods(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pod["terminationGracePeriodSeconds"] == 120
     assert {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]} == {"/data", "/dev/shm"}
     assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "shared"}
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
     assert "never shown" not in str(job)
 
 
