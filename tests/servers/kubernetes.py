@@ -298,7 +298,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, path: str, query: Mapping[str, str], body: bytes) -> tuple[int, Json | str]:
         state = self.state
         if path.startswith(JOBS):
-            return self._job(path.removeprefix(JOBS).strip("/"), body)
+            return self._job(path.removeprefix(JOBS).strip("/"), query, body)
         with state.lock:
             if path == f"{CORE}/pods":
                 wanted = [part.split("=") for part in query["labelSelector"].split(",")]
@@ -310,11 +310,12 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._log(found[1], query)
         return 404, _error(404, "NotFound", path)
 
-    def _job(self, name: str, body: bytes) -> tuple[int, Json | str]:
+    def _job(self, name: str, query: Mapping[str, str], body: bytes) -> tuple[int, Json | str]:
         state = self.state
         if not state.installed:
             return 404, "404 page not found\n"
         if self.command == "POST":
+            assert query == {"fieldValidation": "Strict"}, "unknown fields would be dropped"
             return state.create(json.loads(body))
         with state.lock:
             if name not in state.jobs:

@@ -68,7 +68,8 @@ class Cluster:
 
     def create(self, job: Json) -> bool:
         """Submit; false if there is one of that name already."""
-        return self._json("POST", self._jobs, body=job) is not None
+        # Without it, a Trainer that is too old would drop what it does not know, such as the volume.
+        return self._json("POST", self._jobs, {"fieldValidation": "Strict"}, job) is not None
 
     def delete(self, name: str) -> None:
         """Take the TrainJob away, and its pods before it; none is no error."""
