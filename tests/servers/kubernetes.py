@@ -1,17 +1,14 @@
 """A Kubernetes API server with Kubeflow Trainer, as far as a TrainJob's submitter sees one: HTTPS, tokens, its JSON.
 
 What is submitted is held against the fields of ``trainer.kubeflow.org/v1alpha1`` that we use; an unknown one, or one of
-the wrong type, is refused as the API server refuses it. :class:`LocalNodes` really starts a TrainJob's nodes.
+the wrong type, is refused as the API server refuses it.
 """
 
 import json
 import os
 import re
 import signal
-import socket
 import ssl
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -27,43 +24,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from tests.servers.trainjob_schema import problems
+
 NAMESPACE, TOKEN = "team", "the-token"
 JOBS = f"/apis/trainer.kubeflow.org/v1alpha1/namespaces/{NAMESPACE}/trainjobs"
 CORE = f"/api/v1/namespaces/{NAMESPACE}"
-RESERVED = {"PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"}
 Json = dict[str, Any]
-
-# Leaves are types; a list has one kind of item; "*" stands for any key; "!" before a name: it must be there.
-_TEXTS = {"*": str}
-_ENV = {
-    "!name": str, "value": str,
-    "valueFrom": {"secretKeyRef": {"name": str, "!key": str}},
-}  # fmt: skip
-_POD = {
-    "containers": [{"!name": str, "env": [_ENV], "volumeMounts": [{"!name": str, "!mountPath": str}]}],
-    "volumes": [
-        {
-            "!name": str,
-            "persistentVolumeClaim": {"!claimName": str},
-            "emptyDir": {"medium": str, "sizeLimit": str},
-        }
-    ],
-    "tolerations": [{"key": str, "operator": str, "value": str, "effect": str}],
-    "nodeSelector": _TEXTS, "serviceAccountName": str, "terminationGracePeriodSeconds": int,
-}  # fmt: skip
-_META = {"labels": _TEXTS, "annotations": _TEXTS}
-_JOB_SET = {"replicatedJobs": [{"!name": str, "template": {"spec": {"template": {"metadata": _META, "spec": _POD}}}}]}
-SCHEMA: Json = {
-    "!apiVersion": str, "!kind": str, "!metadata": _META | {"!name": str},
-    "!spec": {
-        "!runtimeRef": {"!name": str, "kind": str, "apiGroup": str},
-        "trainer": {
-            "image": str, "command": [str], "args": [str], "env": [_ENV], "numNodes": int, "numProcPerNode": int,
-            "resourcesPerNode": {"requests": _TEXTS, "limits": _TEXTS},
-        },
-        "runtimePatches": [{"!manager": str, "trainingRuntimeSpec": {"template": {"spec": _JOB_SET}}}],
-    },
-}  # fmt: skip
 
 
 @dataclass
@@ -202,50 +168,6 @@ def now() -> str:
     return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
-def problems(job: Json) -> list[str]:
-    """What Kubernetes and Trainer would not take."""
-    wrong = list(_against(SCHEMA, job, ""))
-    name = job.get("metadata", {}).get("name", "")
-    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name):
-        wrong.append(f"metadata.name {name!r} is no DNS label")
-    if wrong:
-        return wrong
-    trainer = job["spec"]["trainer"]
-    named = [one["name"] for one in trainer["env"]]
-    wrong += [f"{one} is reserved" for one in sorted(RESERVED & set(named))]
-    if len(set(named)) < len(named):
-        wrong.append("duplicate env")
-    for patch in job["spec"].get("runtimePatches", ()):
-        for one in patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]:
-            pod = one["template"]["spec"]["template"]["spec"]
-            volumes = {volume["name"] for volume in pod["volumes"]}
-            for container in pod["containers"]:
-                if "env" in container:
-                    wrong.append("must not have envs for the node container")
-                missing = {mount["name"] for mount in container["volumeMounts"]} - volumes
-                wrong += [f"no volume {volume}" for volume in sorted(missing)]
-    return wrong
-
-
-def _against(schema: object, value: object, where: str) -> list[str]:
-    if isinstance(schema, type):
-        fits = isinstance(value, schema) and not (schema is int and isinstance(value, bool))
-        return [] if fits else [f"{where}: expected {schema.__name__}"]
-    if isinstance(schema, list):
-        if not isinstance(value, list):
-            return [f"{where}: expected a list"]
-        return [found for index, one in enumerate(value) for found in _against(schema[0], one, f"{where}[{index}]")]
-    assert isinstance(schema, dict)
-    if not isinstance(value, dict):
-        return [f"{where}: expected an object"]
-    known = {name.removeprefix("!"): inner for name, inner in schema.items()}
-    found = [f"{where}.{name}: missing" for name in schema if name.startswith("!") and name[1:] not in value]
-    for name, one in value.items():
-        inner = known.get(name, known.get("*"))
-        found += [f"{where}.{name}: unknown field"] if inner is None else _against(inner, one, f"{where}.{name}")
-    return found
-
-
 def _label(pod: Json, name: str) -> str:
     return str(pod["metadata"]["labels"].get(name, ""))
 
@@ -371,57 +293,6 @@ def _certificate(path: Path, key_path: Path) -> Path:
     plain = serialization.NoEncryption()
     key_path.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain))
     return key_path
-
-
-class LocalNodes:
-    """Runs the nodes of every TrainJob that ``server`` takes as processes of this machine, as Trainer's pods would."""
-
-    def __init__(self, server: KubernetesServer, environment: Mapping[str, str]) -> None:
-        self._server, self._environment = server, environment
-        self.running: dict[str, list[subprocess.Popen[str]]] = {}
-        server.when_created, server.when_deleted = self._start, self._stop
-
-    def _start(self, job: Json) -> None:
-        name, trainer = job["metadata"]["name"], job["spec"]["trainer"]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        given = {one["name"]: one["value"] for one in trainer["env"]}
-        nodes, pods = [], []
-        for rank in range(trainer["numNodes"]):
-            places = {
-                "PET_NNODES": str(trainer["numNodes"]),
-                "PET_NPROC_PER_NODE": str(trainer.get("numProcPerNode", "auto")),
-                "PET_NODE_RANK": str(rank),
-                "PET_MASTER_ADDR": "127.0.0.1",
-                "PET_MASTER_PORT": str(port),
-            }
-            command = [sys.executable if part == "python3" else part for part in trainer["command"]] + trainer["args"]
-            pods.append(self._server.add_pod(name, rank, {"state": {"running": {}}}, phase="Running"))
-            output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-            environment = dict(self._environment) | given | places
-            nodes.append(subprocess.Popen(command, env=environment, text=True, **output))  # type: ignore[call-overload]
-        self.running[name] = nodes
-        for node, pod in zip(nodes, pods, strict=True):
-            threading.Thread(target=self._watch, args=(name, node, pod), daemon=True).start()
-
-    def _watch(self, name: str, node: "subprocess.Popen[str]", pod: Json) -> None:
-        assert node.stdout is not None
-        for line in node.stdout:
-            self._server.print(pod["metadata"]["name"], line.rstrip("\n"))
-        node.stdout.close()
-        code = node.wait()
-        ended = {"exitCode": code if code >= 0 else 128 - code, "reason": "Error" if code else "Completed"}
-        with self._server.lock:
-            pod["status"]["containerStatuses"][1]["state"] = {"terminated": ended}
-            if name in self._server.jobs and all(one.poll() == 0 for one in self.running[name]):
-                self._server.end(name, "Complete")
-
-    def _stop(self, name: str) -> None:
-        for node in self.running.get(name, ()):
-            node.send_signal(signal.SIGTERM)
-        for node in self.running.get(name, ()):
-            node.wait()
 
 
 def pod_environment(server: KubernetesServer) -> dict[str, str]:

@@ -21,7 +21,8 @@ from kubetuner.training.launch import Group
 from kubetuner.trainjob import cluster as clusters
 from kubetuner.trainjob import follow as following
 from kubetuner.trainjob.cluster import Json
-from tests.servers.kubernetes import KubernetesServer, LocalNodes, pod_environment, tell_to_stop, wait_until
+from tests.servers.kubernetes import KubernetesServer, pod_environment, tell_to_stop, wait_until
+from tests.servers.trainer import LocalNodes
 from tests.unit.steps.test_train import _caches, _local, _section  # noqa: F401 - the fixture is used by being here
 from tests.unit.steps.test_train_processes import ALONE, _losses
 

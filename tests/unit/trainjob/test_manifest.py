@@ -7,7 +7,7 @@ import pytest
 from kubetuner.config.trainjob import Toleration, TrainJobSettings, trainjob_settings
 from kubetuner.errors import InputError
 from kubetuner.trainjob.manifest import left_behind, make_trainjob
-from tests.servers.kubernetes import problems
+from tests.servers.trainjob_schema import problems
 
 WORDS = Path("/workspace/kubetuner/x/words")
 EVERYTHING = TrainJobSettings(
