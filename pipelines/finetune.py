@@ -14,10 +14,27 @@ from components.plan import plan
 from components.push_to_hub import push_to_hub
 from components.split import split
 from components.train import train
+from components.train.component import IMAGE as TRAIN_IMAGE
+from kubetuner.config.trainjob import TRAINJOB_VARIABLE, trainjob_settings
 
 ACCELERATOR = "nvidia.com/gpu"
 # Fixed when the pipeline is compiled: kfp 2.17 loses a limit that is a pipeline parameter inside ParallelFor.
 GPUS = os.environ.get("KUBETUNER_GPUS", "1")
+
+
+def train_here_or_on_nodes(planned: dsl.PipelineTask, trained: dsl.PipelineTask) -> None:
+    """Give the train step its GPUs, or, with ``KUBETUNER_TRAINJOB``, the volume that it shares with the nodes."""
+    settings = trainjob_settings()
+    if settings is None:
+        trained.set_accelerator_type(ACCELERATOR).set_accelerator_limit(GPUS)
+        return
+    from kfp import kubernetes
+
+    gpus = int(GPUS) if settings.gpus is None else settings.gpus
+    settings = settings.model_copy(update={"image": settings.image or TRAIN_IMAGE, "gpus": gpus})
+    for task in (planned, trained):
+        task.set_env_variable(TRAINJOB_VARIABLE, settings.to_json())
+    kubernetes.mount_pvc(trained, pvc_name=settings.workspace_pvc, mount_path=settings.mount)
 
 
 class Finetuned(NamedTuple):
@@ -52,7 +69,7 @@ def finetune(config: dict, data_backend_config: list, num_shards: int = 1) -> Fi
         latents=dsl.Collected(vae.outputs["latents"]),
         text_embeds=dsl.Collected(text.outputs["text_embeds"]),
     )
-    trained.set_accelerator_type(ACCELERATOR).set_accelerator_limit(GPUS)
+    train_here_or_on_nodes(planned, trained)
     judged = evaluate(
         section=sections["evaluate"],
         model=trained.outputs["model"],

@@ -10,6 +10,8 @@ import yaml
 from google.protobuf import json_format
 from kfp.pipeline_spec import pipeline_spec_pb2
 
+from kubetuner.config.trainjob import TrainJobSettings
+
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "pipelines" / "compiled" / "finetune.yaml"
 HEAVY = ("torch", "diffusers", "transformers", "mlflow", "peft", "accelerate")
@@ -17,7 +19,10 @@ HEAVY = ("torch", "diffusers", "transformers", "mlflow", "peft", "accelerate")
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> str:
-    target = tmp_path_factory.mktemp("compiled") / "finetune.yaml"
+    return _compile(tmp_path_factory.mktemp("compiled") / "finetune.yaml", {})
+
+
+def _compile(target: Path, settings: dict[str, str]) -> str:
     code = (
         "import sys; from pathlib import Path; from pipelines.compile import compile_pipeline; "
         f"compile_pipeline(Path({str(target)!r})); print([n for n in {HEAVY!r} if n in sys.modules])"
@@ -29,7 +34,7 @@ def compiled(tmp_path_factory) -> str:
         capture_output=True,
         text=True,
         check=True,
-        env=environment | {"PYTHONPATH": str(ROOT)},
+        env=environment | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"} | settings,
     )
     assert done.stdout.strip().splitlines()[-1] == "[]", "compiling loaded a heavy library"
     return target.read_text()
@@ -84,3 +89,22 @@ def test_models_get_a_gpu(compiled):
         if executor["container"].get("resources", {}).get("accelerator", {}).get("resourceType") == "nvidia.com/gpu"
     }
     assert gpus == {"cache-vae", "cache-text-embeds", "train", "evaluate"}
+
+
+def test_nodes_of_a_trainjob_have_the_gpus_and_share_a_volume(tmp_path):
+    settings = {"KUBETUNER_TRAINJOB": '{"workspace_pvc": "shared", "mount": "/shared"}', "KUBETUNER_GPUS": "8"}
+    spec, platform = _documents(_compile(tmp_path / "finetune.yaml", settings))
+
+    json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
+    json_format.ParseDict(platform, pipeline_spec_pb2.PlatformSpec())
+    told = {}
+    for name, executor in spec["deploymentSpec"]["executors"].items():
+        environment = {one["name"]: one["value"] for one in executor["container"].get("env", ())}
+        if "KUBETUNER_TRAINJOB" in environment:
+            told[name] = TrainJobSettings.from_json(environment["KUBETUNER_TRAINJOB"])
+    assert set(told) == {"exec-plan", "exec-train"}
+    assert (told["exec-train"].gpus, told["exec-train"].image) == (8, "ghcr.io/kubetuner/kubetuner-train:0.1.0")
+    assert "resources" not in spec["deploymentSpec"]["executors"]["exec-train"]["container"]
+    mounts = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert set(mounts) == {"exec-train"}
+    assert [(one["constant"], one["mountPath"]) for one in mounts["exec-train"]["pvcMount"]] == [("shared", "/shared")]

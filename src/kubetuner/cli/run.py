@@ -23,6 +23,7 @@ from kubetuner.artifacts import (
 )
 from kubetuner.cli.checkout import add_checkout_to_path
 from kubetuner.cli.inputs import read_inputs
+from kubetuner.config.trainjob import TRAINJOB_VARIABLE
 from kubetuner.errors import ArtifactError, InputError
 
 if TYPE_CHECKING:
@@ -51,11 +52,16 @@ def run_pipeline(config_file: Path, data_file: Path | None, overrides: Sequence[
     root = add_checkout_to_path()
     inputs = read_inputs(config_file, data_file, overrides)
     plan = make_plan(inputs.config, inputs.data, cwd=Path.cwd())
+    if plan.sections.train.num_machines > 1:
+        raise InputError(
+            f"num_machines is {plan.sections.train.num_machines}, and kubetuner run uses this machine alone; set it to "
+            "1 (num_train_processes is for its GPUs), or compile the pipeline and run it on a cluster."
+        )
     from pipelines.local import child_environment, run_local
 
     out = _folder(out, plan.run)
     out.mkdir(parents=True, exist_ok=True)
-    environment = child_environment(root, out) | _tracking(plan.run)
+    environment = child_environment(root, out) | _tracking(plan.run) | {TRAINJOB_VARIABLE: ""}
     arguments = {"config": inputs.config, "data_backend_config": inputs.data, "num_shards": 1}
     with _tracked_as_one(environment):
         done = run_local(_load_pipeline, arguments, out, environment, sys.stdout)

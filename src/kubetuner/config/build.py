@@ -46,7 +46,7 @@ _TRAIN_KEYS = (
     "checkpoints_total_limit",
     "resume_from_checkpoint", "log_step_interval", "data_backend_sampling", "layer_freeze_strategy",
     "gradient_checkpointing_interval", "attention_mechanism", "base_model_precision", "masked_loss_probability",
-    "num_train_processes",
+    "num_train_processes", "num_machines",
 )  # fmt: skip
 
 

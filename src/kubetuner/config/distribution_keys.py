@@ -17,6 +17,7 @@ _DEFAULTS: dict[str, object] = {
 
 DISTRIBUTION_RULES: dict[str, Rule] = {
     "num_train_processes": Key("int", low=1),
+    "num_machines": Key("int", low=1),
     "fsdp_enable": Key("bool"),
     "fsdp_version": Key("int", low=1, high=2),
     "fsdp_reshard_after_forward": Key("bool"),
@@ -36,7 +37,6 @@ DISTRIBUTION_RULES: dict[str, Rule] = {
     "fsdp_offload_params": Later("sharded weights on the CPU are", (False,)),
     "context_parallel_size": Later("sharing one picture's tokens out is", (1,)),
     "context_parallel_comm_strategy": Later("sharing one picture's tokens out is", ("allgather",)),
-    "num_machines": Later("training on several machines is", (1,)),
     "seed_for_each_device": Unneeded("bool", "every micro-batch has random numbers of its own, on whatever device"),
 }
 
@@ -50,7 +50,7 @@ def read_fsdp(values: Values, where: str, problems: list[Problem]) -> FsdpSettin
         return None
     if values.integer("fsdp_version", 2) != 2:
         problems.append(Problem(f"{where}.fsdp_version", "is 1, which PyTorch has given up; set it to 2."))
-    if values.integer("num_train_processes", 0) == 1:
+    if values.integer("num_train_processes", 0) == 1 and values.integer("num_machines", 1) == 1:
         message = "has no effect with num_train_processes 1: there is nothing to share out; remove one of them."
         problems.append(Problem(f"{where}.fsdp_enable", message))
     named = values.texts("fsdp_transformer_layer_cls_to_wrap")

@@ -101,6 +101,7 @@ TRAIN_NOTES: Mapping[str, Note] = {
 
 MACHINE_NOTES: Mapping[str, Note] = {
     "num_train_processes": Note("processes of the pod that train together", otherwise="one per GPU"),
+    "num_machines": Note("pods that train together, through a Kubeflow Trainer TrainJob", 1),
     "fsdp_enable": Note("share weights and optimizer out among them (FSDP2)", False),
     "fsdp_version": Note("2 is the only one left", 2),
     "fsdp_reshard_after_forward": Note("let a block's weights go until the backward pass", True),

@@ -10,7 +10,8 @@ from kubetuner.errors import Problem
 def read_rate(values: Values, own: float | None, where: str, problems: list[Problem]) -> float:
     """The learning rate of a step: with ``lr_scale`` times its pictures, with ``lr_scale_sqrt`` too times their root.
 
-    Several processes count where ``num_train_processes`` says how many; how many GPUs a pod gets is not known here.
+    Several processes count where ``num_train_processes`` says how many, and ``num_machines`` too; how many GPUs a pod
+    gets is not known here.
 
     Args:
         values: The checked keys.
@@ -30,6 +31,6 @@ def read_rate(values: Values, own: float | None, where: str, problems: list[Prob
             f"is true, but {values.text('optimizer')} finds the rate itself, as a factor of learning_rate; remove it."
         )
         problems.append(Problem(f"{where}.lr_scale", message))
-    names = ("train_batch_size", "gradient_accumulation_steps", "num_train_processes")
+    names = ("train_batch_size", "gradient_accumulation_steps", "num_train_processes", "num_machines")
     pictures = math.prod(max(values.integer(name, fields[name].default), 1) for name in names)
     return rate * (math.sqrt(pictures) if root else pictures)

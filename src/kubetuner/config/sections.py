@@ -214,13 +214,14 @@ class TrainSection(Section):
         log_step_interval: Optimizer steps between logged points.
         seed: Seeds noise, timesteps, caption dropout, sampling order and adapter initialisation.
         num_train_processes: Processes of a pod, each with ``train_batch_size``; 0 for one per GPU, or one on a CPU.
+        num_machines: Pods of so many processes each that train together; see :mod:`kubetuner.config.trainjob`.
         fsdp: How they share out the weights; ``None`` without ``fsdp_enable``.
     """
 
     SPEED_ONLY: ClassVar[frozenset[str]] = frozenset(
         {
             "checkpoint_step_interval", "checkpoint_epoch_interval", "checkpoints_total_limit",
-            "resume_from_checkpoint", "num_train_processes", "fsdp",
+            "resume_from_checkpoint", "num_train_processes", "num_machines", "fsdp",
         }
     )  # fmt: skip
 
@@ -271,12 +272,18 @@ class TrainSection(Section):
     resume_from_checkpoint: str = "latest"
     log_step_interval: int = 1
     num_train_processes: int = 0
+    num_machines: int = 1
     fsdp: FsdpSettings | None = None
 
     @property
     def planned_micro_steps(self) -> int:
-        """Batches per optimizer step; counted for one process where the GPUs decide how many there are."""
-        return self.gradient_accumulation_steps * max(self.num_train_processes, 1)
+        """Batches per optimizer step."""
+        return self.gradient_accumulation_steps * self.planned_processes
+
+    @property
+    def planned_processes(self) -> int:
+        """Processes on all machines; counted as one per machine where its GPUs decide how many there are."""
+        return max(self.num_train_processes, 1) * self.num_machines
 
     def deciding_with(self, processes: int) -> dict[str, object]:
         """As :meth:`deciding`: of so many processes, the batches per optimizer step are what decides."""

@@ -20,7 +20,7 @@ from kubetuner.steps.plan_datasets import (
     unreadable_problems,
 )
 from kubetuner.steps.plan_epochs import schedule_epochs
-from kubetuner.steps.plan_machinery import library_problems, store_problems
+from kubetuner.steps.plan_machinery import library_problems, store_problems, trainjob_problems
 from kubetuner.steps.plan_masks import PlannedMasks, open_masks
 from kubetuner.steps.plan_memory import Forecast, forecast
 from kubetuner.steps.plan_models import resolve_models
@@ -76,6 +76,7 @@ def make_plan(
     problems.extend(_alignment_problems(sections, run))
     problems.extend(library_problems(sections.train))
     problems.extend(store_problems())
+    problems.extend(trainjob_problems(sections.train))
     if problems:
         raise ConfigError(problems)
     sections = _resolve_repeats(_resolve_datasets(sections, measured, masks), measured)

@@ -60,7 +60,7 @@ def estimate(sections: Sections, measured: Sequence[Measured]) -> Costs:
         whole = _BYTES["bf16" if sections.train.frozen_in_bf16 else "fp32"]
         memory = int(parameters * BYTES.get(sections.train.base_model_precision, whole))
     if sections.train.fsdp is not None:
-        memory //= max(sections.train.num_train_processes, 1)
+        memory //= sections.train.planned_processes
     return Costs(
         latents_bytes=floats * _BYTES[sections.cache_vae.dtype] * (2 if sections.cache_vae.vae_cache_moments else 1),
         text_embeds_bytes=texts * _text_floats(model) * _BYTES[sections.cache_text_embeds.dtype],

@@ -205,7 +205,7 @@ def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
     needed = max(math.ceil(effective / fullest) - 1, 0)
     fitting = fullest * (repeats + 1) // train.planned_micro_steps
     advice = f"set repeats to {needed}"
-    most = fullest * (repeats + 1) // max(train.num_train_processes, 1)
+    most = fullest * (repeats + 1) // train.planned_processes
     if fitting:
         advice += f", or train_batch_size to {fitting}"
     elif 0 < most < train.gradient_accumulation_steps:
@@ -221,7 +221,8 @@ def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
 
 
 def _times_processes(train: TrainSection) -> str:
-    return f" x num_train_processes {train.num_train_processes}" if train.num_train_processes > 1 else ""
+    named = {"num_train_processes": train.num_train_processes, "num_machines": train.num_machines}
+    return "".join(f" x {name} {count}" for name, count in named.items() if count > 1)
 
 
 def unreadable_problems(measured: Measured, most: float) -> list[Problem]:

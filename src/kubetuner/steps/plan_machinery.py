@@ -7,6 +7,7 @@ from kubetuner.config.attention import PACKAGES, is_installed
 from kubetuner.config.compilation import missing_compiler
 from kubetuner.config.precision import missing_library
 from kubetuner.config.sections import TrainSection
+from kubetuner.config.trainjob import TRAINJOB_VARIABLE, no_trainjob, trainjob_settings
 from kubetuner.errors import ArtifactError, InputError, Problem
 from kubetuner.store import STORE_VARIABLE, open_store
 
@@ -36,6 +37,18 @@ def library_problems(train: TrainSection) -> list[Problem]:
         )
         problems.append(Problem("config.json.dynamo_backend", message))
     return problems
+
+
+def trainjob_problems(train: TrainSection) -> list[Problem]:
+    """What is missing for training on several machines, or wrong with how the environment describes them."""
+    try:
+        settings = trainjob_settings()
+    except InputError as error:
+        return [Problem(TRAINJOB_VARIABLE, str(error))]
+    if settings is None:
+        told = no_trainjob(train.num_machines).removeprefix("num_machines ")
+        return [Problem("config.json.num_machines", told)] if train.num_machines > 1 else []
+    return [Problem(TRAINJOB_VARIABLE, problem) for problem in settings.unseen()]
 
 
 def store_problems() -> list[Problem]:

@@ -77,15 +77,17 @@ def _kind(train: TrainSection) -> str:
 
 
 def _each(train: TrainSection) -> str:
-    each = "; of each GPU" if train.num_train_processes > 1 else ""
+    each = "; of each GPU" if train.planned_processes > 1 else ""
     return f"{each}; activations come on top"
 
 
 def _processes(train: TrainSection) -> str:
     sharing = ", which share the weights out (FSDP2)" if train.fsdp else ""
+    there = f" on each of {train.num_machines} machines" if train.num_machines > 1 else ""
     if train.num_train_processes:
-        return f"{train.num_train_processes}{sharing}"
-    return f"one per GPU that training finds{sharing}; steps and pictures below are for one"
+        return f"{train.num_train_processes}{there}{sharing}"
+    counted = "for one on each" if there else "for one"
+    return f"one per GPU that training finds{there}{sharing}; steps and pictures below are {counted}"
 
 
 def _datasets(sections: Sections, measured: Sequence[Measured]) -> str:

@@ -25,8 +25,9 @@ from kubetuner.artifacts import (
     write_rows,
 )
 from kubetuner.config.sections import TrainSection
+from kubetuner.config.trainjob import TrainJobSettings, no_trainjob, trainjob_settings
 from kubetuner.digests import fingerprint
-from kubetuner.errors import TrainingError
+from kubetuner.errors import InputError, TrainingError
 
 if TYPE_CHECKING:
     from kubetuner.tracking import Run
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from kubetuner.training.processes import Processes
 
 logger = logging.getLogger(__name__)
+
+WORKER_MODULE = "kubetuner.steps.train_worker"
 
 _TRACKED_PARAMS = (
     "model_type", "layer_freeze_strategy", "max_train_steps", "num_train_epochs", "train_batch_size",
@@ -51,6 +54,7 @@ def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[
     ``KUBETUNER_CHECKPOINTS``, or else in ``out/checkpoints``, and are removed when the model is complete.
 
     Several processes are started as children of this one, unless this one is among several that ``torchrun`` started.
+    Where ``KUBETUNER_TRAINJOB`` is set, they run on ``num_machines`` others; see :mod:`kubetuner.steps.train_job`.
 
     Args:
         section: What to train and how.
@@ -59,7 +63,7 @@ def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[
         out: Folder of the model artifact.
 
     Raises:
-        InputError: More processes are asked for than there are GPUs.
+        InputError: More processes are asked for than there are GPUs, or more machines and nobody says where.
         ArtifactError: An input is missing or damaged.
         TrainingError: A loss was not finite, a checkpoint cannot be used, the saved adapter does not load, or one of
             several processes died.
@@ -68,13 +72,27 @@ def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[
     from kubetuner.training.launch import launch, wanted_processes
     from kubetuner.training.processes import joined
 
+    if (machines := _other_machines(section)) is not None:
+        from kubetuner.steps.train_job import train_in_job
+
+        return train_in_job(section, latents, text_embeds, out, machines)
     count = wanted_processes(section)
     if count > 1:
         request = WorkerRequest(section=section, latents=tuple(latents), text_embeds=tuple(text_embeds), out=out)
-        launch("kubetuner.steps.train_worker", request.model_dump_json(), count)
+        launch(WORKER_MODULE, request.model_dump_json(), count)
         return read_artifact(out, ModelArtifact)
     with joined(section) as processes:
         return _train(section, latents, text_embeds, out, processes)
+
+
+def _other_machines(section: TrainSection) -> TrainJobSettings | None:
+    """The machines that are to train in place of this one, which is none of them."""
+    if "WORLD_SIZE" in os.environ:
+        return None
+    settings = trainjob_settings()
+    if settings is None and section.num_machines > 1:
+        raise InputError(no_trainjob(section.num_machines))
+    return settings
 
 
 class WorkerRequest(Record):

@@ -11,6 +11,7 @@ from pathlib import Path
 from kubetuner.errors import InputError, KubetunerError
 from kubetuner.steps.train import WorkerRequest, train
 from kubetuner.training.failures import report
+from kubetuner.training.launch import ARGUMENT_FILE
 
 
 def main(folder: Path) -> int:
@@ -21,7 +22,7 @@ def main(folder: Path) -> int:
     logging.basicConfig(level=level, format=form, stream=sys.stderr)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher too, which ends its workers.
     threading.Thread(target=_end_with_the_launcher, daemon=True).start()
-    request = WorkerRequest.model_validate_json((folder / "argument").read_bytes())
+    request = WorkerRequest.model_validate_json((folder / ARGUMENT_FILE).read_bytes())
     try:
         train(request.section, request.latents, request.text_embeds, request.out)
     except KubetunerError as error:

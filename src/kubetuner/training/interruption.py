@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Self
 
@@ -26,6 +27,13 @@ class StopRequest:
     def __exit__(self, *_exc: object) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._previous)
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep for ``seconds``, or until SIGTERM arrives; whether it has."""
+        end = time.monotonic() + seconds
+        while not self.received and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
+        return self.received
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self.received = True

@@ -1,7 +1,8 @@
-"""Starting the processes of one pod, and making one message of what goes wrong in any of them.
+"""Starting the processes of a pod, and making one message of what goes wrong in any of them.
 
 What ``torchrun --standalone`` would do, but that a process that is told to stop has all the time it needs to save
-a checkpoint (``torchrun`` kills after 30 s), and that a person sees the first error and no other.
+a checkpoint (``torchrun`` kills after 30 s), and that a person sees the first error and no other. torch is only loaded
+to count GPUs and to keep the store.
 """
 
 import logging
@@ -11,10 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import kubetuner
 from kubetuner.config.sections import TrainSection
@@ -28,6 +27,7 @@ logger = logging.getLogger(__name__)
 # For the others to find out by themselves that one is gone, and to say so to MLflow.
 GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.1
+ARGUMENT_FILE = "argument"
 
 
 def wanted_processes(section: TrainSection) -> int:
@@ -38,6 +38,8 @@ def wanted_processes(section: TrainSection) -> int:
     """
     if "WORLD_SIZE" in os.environ:
         return 1
+    import torch
+
     gpus, asked = torch.cuda.device_count(), section.num_train_processes
     if asked > gpus > 0:
         raise InputError(
@@ -62,53 +64,100 @@ def launch(module: str, argument: str, count: int) -> None:
         TerminatedError: SIGTERM arrived, and they stopped.
         KubetunerError: The first error of a process, or how it died; the others were stopped.
     """
-    with tempfile.TemporaryDirectory(prefix="kubetuner-") as name, StopRequest() as stop:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    with tempfile.TemporaryDirectory(prefix="kubetuner-") as name:
         folder = Path(name)
-        (folder / "argument").write_text(argument, encoding="utf-8")
+        (folder / ARGUMENT_FILE).write_text(argument, encoding="utf-8")
         # Lives here and not in the first worker, so that its port cannot be lost to someone else meanwhile.
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        workers = [_start(module, folder, rank, count, store.port) for rank in range(count)]
+        ended = run_workers(module, folder, Group(count, "localhost", store.port))
+        if ended.codes:
+            raise first_error(folder, ended.codes, count, stopped=ended.stopped)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Processes that train together, and where they meet.
+
+    Attributes:
+        here: How many of them this machine runs; every machine runs as many.
+        address: Where the store listens in which they find each other.
+        port: Its port.
+        machines: How many machines there are. With several, the first process of the first one keeps the store.
+        machine: Which one this is, from 0.
+    """
+
+    here: int
+    address: str
+    port: int
+    machines: int = 1
+    machine: int = 0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the processes of this machine ended.
+
+    Attributes:
+        codes: Exit codes of those that failed by themselves, by rank, in the order of their end; empty if all is well.
+        stopped: SIGTERM had arrived.
+    """
+
+    codes: dict[int, int]
+    stopped: bool
+
+
+def run_workers(module: str, folder: Path, group: Group) -> Ended:
+    """Run this machine's processes of ``group`` until all have ended; see :func:`launch`.
+
+    Args:
+        module: As there.
+        folder: Holds the argument in :data:`ARGUMENT_FILE` and receives what goes wrong.
+        group: Who trains together.
+    """
+    first = group.machine * group.here
+    with StopRequest() as stop:
+        workers = [_start(module, folder, group, place) for place in range(group.here)]
         try:
             fallen = _watch(workers, stop)
         finally:
             for worker in workers:
                 worker.kill()
                 worker.communicate()
-        if fallen:
-            codes = {rank: workers[rank].returncode for rank in fallen}
-            raise first_error(folder, codes, count, stopped=stop.received)
+        return Ended({first + place: workers[place].returncode for place in fallen}, stop.received)
 
 
-def _start(module: str, folder: Path, rank: int, count: int, port: int) -> subprocess.Popen[bytes]:
+def _start(module: str, folder: Path, group: Group, place: int) -> subprocess.Popen[bytes]:
     """One worker, with the environment that ``torchrun`` would give it."""
     path = [str(Path(kubetuner.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     settings = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "RANK": str(group.machine * group.here + place),
+        "LOCAL_RANK": str(place),
+        "WORLD_SIZE": str(group.machines * group.here),
+        "LOCAL_WORLD_SIZE": str(group.here),
+        "MASTER_ADDR": group.address,
+        "MASTER_PORT": str(group.port),
+        "TORCHELASTIC_USE_AGENT_STORE": str(group.machines == 1),
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
     }
-    threads = {"OMP_NUM_THREADS": str(max(1, available_cpus() // count))}
+    threads = {"OMP_NUM_THREADS": str(max(1, available_cpus() // group.here))}
     command = [sys.executable, "-m", module, str(folder)]
     # Its end of the pipe closes when this process ends, however it ends: the worker then ends too.
     return subprocess.Popen(command, env=threads | os.environ | settings, stdin=subprocess.PIPE)
 
 
 def _watch(workers: list[subprocess.Popen[bytes]], stop: StopRequest) -> list[int]:
-    """Wait for the workers; returns the ranks of those that failed before any was killed, in the order of their end."""
+    """Wait for the workers; returns which of them failed before any was killed, in the order of their end."""
     told, fallen, deadline = False, [], float("inf")
     while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
         if stop.received and not told:
             told = True
             for worker in workers:
                 worker.send_signal(signal.SIGTERM)
-        ended = [rank for rank, worker in enumerate(workers) if worker.poll()]
-        fallen += [rank for rank in ended if rank not in fallen]
+        ended = [place for place, worker in enumerate(workers) if worker.poll()]
+        fallen += [place for place in ended if place not in fallen]
         if fallen and deadline == float("inf"):
             deadline = time.monotonic() + GRACE_SECONDS
         time.sleep(_POLL_SECONDS)
-    return fallen + [rank for rank, worker in enumerate(workers) if worker.poll() and rank not in fallen]
+    return fallen + [place for place, worker in enumerate(workers) if worker.poll() and place not in fallen]

@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from kubetuner.cli import main as module
 from kubetuner.cli.checkout import add_checkout_to_path
@@ -86,3 +88,35 @@ def test_step_refuses_a_section_of_another_step(tmp_path, capsys):
 
 def test_the_checkout_is_found():
     assert (add_checkout_to_path() / "pipelines" / "finetune.py").is_file()
+
+
+def test_several_machines_are_not_here(tmp_path, capsys, monkeypatch):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(24):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(pictures / f"{number}.png")
+    base = Path(__file__).parents[3] / "pipelines/recipes/demo/bases/sana"
+    config = {
+        "model_type": "full",
+        "model_family": "sana",
+        "pretrained_model_name_or_path": str(base),
+        "num_machines": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    data = [{"id": "a", "instance_data_dir": str(pictures), "resolution": 64, "resolution_type": "pixel"}]
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    files = (
+        "--config",
+        str(tmp_path / "config.json"),
+        "--data",
+        str(tmp_path / "data.json"),
+        "--out",
+        str(tmp_path / "o"),
+    )
+
+    assert call("run", *files) == 2
+    assert "num_machines: is 2, and KUBETUNER_TRAINJOB does not say" in capsys.readouterr().err
+    monkeypatch.setenv("KUBETUNER_TRAINJOB", '{"workspace_pvc": "shared"}')
+    assert call("run", *files) == 2
+    assert "num_machines is 2, and kubetuner run uses this machine alone; set it to 1" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()

@@ -38,6 +38,7 @@ def test_how_many_processes(config, processes) -> None:
         (FSDP | {"fsdp_transformer_layer_cls_to_wrap": "A, B"}, FsdpSettings(block_classes=("A", "B"))),
         (FSDP | {"fsdp_transformer_layer_cls_to_wrap": ["A", "B"]}, FsdpSettings(block_classes=("A", "B"))),
         (FSDP | {"model_type": "lora"}, FsdpSettings()),
+        (FSDP | {"num_train_processes": 1, "num_machines": 2}, FsdpSettings()),
     ],
 )
 def test_fsdp(config, settings) -> None:
@@ -50,16 +51,17 @@ def test_the_form_of_checkpoints_is_no_choice() -> None:
 
 def test_what_decides_is_the_batches_per_step_and_not_who_makes_them() -> None:
     four = train_of(num_train_processes=4, **FSDP)
+    apart = train_of(num_train_processes=2, num_machines=2)
     one = train_of(gradient_accumulation_steps=4)
-    assert four.deciding_with(4) == one.deciding_with(1) != train_of().deciding_with(1)
-    assert four.planned_micro_steps == one.planned_micro_steps == 4
+    assert four.deciding_with(4) == apart.deciding_with(4) == one.deciding_with(1) != train_of().deciding_with(1)
+    assert four.planned_micro_steps == apart.planned_micro_steps == one.planned_micro_steps == 4
 
 
 @pytest.mark.parametrize(
     ("config", "key", "message"),
     [
         ({"num_train_processes": 0}, "num_train_processes", "at least 1"),
-        ({"num_machines": 2}, "num_machines", "not available yet"),
+        ({"num_machines": 0}, "num_machines", "at least 1"),
         ({"fsdp_version": 1}, "fsdp_version", "no effect without fsdp_enable"),
         (FSDP | {"fsdp_version": 1}, "fsdp_version", "PyTorch has given up"),
         (FSDP | {"num_train_processes": 1}, "fsdp_enable", "no effect with num_train_processes 1"),

@@ -218,6 +218,27 @@ def test_every_process_counts(tmp_path) -> None:
     assert four.summary["training_memory_bytes"] == alone.summary["training_memory_bytes"] // 4
 
 
+def test_every_machine_counts_and_must_be_reachable(tmp_path, monkeypatch) -> None:
+    pictures(tmp_path / "a", *[(128, 128)] * 24)
+    config = {**CONFIG, "num_train_processes": 2, "num_machines": 3}
+    found = refusal(config, [entry()], tmp_path)
+    assert "is 3, and KUBETUNER_TRAINJOB does not say how to reach so many" in found["config.json.num_machines"]
+
+    monkeypatch.setenv("KUBETUNER_TRAINJOB", '{"workspace_pvc": "shared", "mount": "/shared"}')
+    plan = make_plan(config, [entry()], cwd=tmp_path)
+    assert plan.summary["steps_per_epoch"] == 2
+    assert "| processes | 2 on each of 3 machines |" in plan.markdown
+    each = make_plan({**CONFIG, "num_machines": 3}, [entry()], cwd=tmp_path).markdown
+    assert "on each of 3 machines; steps and pictures below are for one on each |" in each
+
+    few = refusal({**config, "gradient_accumulation_steps": 9}, [entry()], tmp_path)["multidatabackend.json[0].repeats"]
+    assert "x num_train_processes 2 x num_machines 3 = 108 pictures" in few
+    monkeypatch.setenv("KUBETUNER_STORE", str(tmp_path / "store"))
+    assert "which other pods do not see" in refusal(config, [entry()], tmp_path)["KUBETUNER_TRAINJOB"]
+    monkeypatch.setenv("KUBETUNER_TRAINJOB", "{}")
+    assert "workspace_pvc: field required" in refusal(CONFIG, [entry()], tmp_path)["KUBETUNER_TRAINJOB"]
+
+
 def test_a_step_of_all_processes_that_has_too_few_pictures_is_refused(tmp_path) -> None:
     pictures(tmp_path / "a", *[(128, 128)] * 10)
     config = {**CONFIG, "num_train_processes": 4, "gradient_accumulation_steps": 3}
