@@ -12,6 +12,7 @@ from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRe
 from kubetuner.diffusion.flow import FlowProcess
 from kubetuner.families import loading, noise
 from kubetuner.families.adapters import Adapters
+from kubetuner.families.autoencoders import as_wanted
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
 from kubetuner.families.text import PAD_TO, TextEncoder, encode_at_length, pad_together, padded_shapes
@@ -44,7 +45,7 @@ class Sana(Adapters):
     @torch.no_grad()
     def encode_pixels(self, vae: Any, pixels: Tensor, noise: Tensor | None) -> Tensor:
         """Deterministic, so ``noise`` is not used. SimpleTuner halves these latents before training; we do not."""
-        latents: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent * vae.config.scaling_factor
+        latents: Tensor = vae.encode(as_wanted(vae, pixels)).latent * vae.config.scaling_factor
         return latents.float()
 
     def encode_moments(self, vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:

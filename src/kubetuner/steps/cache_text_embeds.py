@@ -29,6 +29,7 @@ from kubetuner.data.keys import Keys
 from kubetuner.data.rows import RowFile
 from kubetuner.digests import fingerprint
 from kubetuner.progress import Progress
+from kubetuner.steps.allocation import keep_freed_memory
 from kubetuner.steps.download_dataset import read_dataset
 from kubetuner.store import Store, resolve_store
 
@@ -149,6 +150,7 @@ def _encode(section: CacheTextSection, store: Store, namespace: str, texts: _Tex
     from kubetuner.families import load_family
     from kubetuner.families.loading import default_device
 
+    keep_freed_memory()
     device = default_device()
     family = load_family(section.model.family)
     encoders = family.load_text_encoders(section.model, device)
