@@ -74,8 +74,9 @@ def main() -> None:
     head = ["model", "family", "what", "encoder alone", "with decoding", "our step", "of alone", "of decoding"]
     note = (
         "\n\nPictures or texts a CPU second, medians of alternating rounds. *Encoder alone*: the models' calls on "
-        "ready batches, of an autoencoder in the faster of both memory layouts. *With decoding*: the same after Pillow's decoding of the same files, or the family's cleaning "
-        "and tokenizing. *Our step* also checks, hashes, keys, shards and writes. Unit: "
+        "ready batches, of an autoencoder in the faster of both memory layouts. *With decoding*: the same after "
+        "Pillow's decoding of the same files, or the family's cleaning and tokenizing. *Our step* also checks, hashes, "
+        "keys, shards and writes. Unit: "
         f"{COUNTS['unit']['cache_vae']} pictures and {COUNTS['unit']['cache_text_embeds']} captions; mid: "
         f"{COUNTS['mid']['cache_vae']} and {COUNTS['mid']['cache_text_embeds']}; all of {EDGE} px. Loading is counted "
         f"nowhere. Batches of {PICTURES} pictures or {BATCH} texts everywhere."

@@ -22,12 +22,7 @@ _PREVIEW = "previews while a picture is drawn are"
 
 LATER: dict[str, Rule] = {
     "base_model_default_dtype": Later("another dtype of the frozen weights is", ("bf16",)),
-    "text_encoder_1_precision": Later(_QUANTISED, ("no_change",)),
-    "text_encoder_2_precision": Later(_QUANTISED, ("no_change",)),
-    "text_encoder_3_precision": Later(_QUANTISED, ("no_change",)),
-    "text_encoder_4_precision": Later(_QUANTISED, ("no_change",)),
     "quantize_activations": Later(_QUANTISED, (False,)),
-    "quantize_via": Later(_QUANTISED, ("accelerator", "cpu")),
     "quantization_config": Later(_QUANTISED),
     "validation_lycoris_strength": Later("LyCORIS is", (1.0,)),
     "lora_format": Later("another format of the LoRA file is", ("diffusers",)),

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from kubetuner.artifacts import LatentRow
 from kubetuner.config.objective import ProcessSettings
 from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRef
+from kubetuner.config.text_rounding import WHOLE_TEXT, TextRounding
 from kubetuner.diffusion.epsilon import EpsilonProcess
 from kubetuner.families import loading, noise
 from kubetuner.families.adapters import Adapters
 from kubetuner.families.autoencoders import KlLatents
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
+from kubetuner.families.quantised import load_text_encoder
 from kubetuner.families.text import PAD_TO, TextEncoder, encode_at_length, pad_together, padded_shapes
 
 MAX_TOKENS = 300
@@ -38,12 +40,14 @@ class PixArtSigma(KlLatents, Adapters):
         channels_last=False,
     )
 
-    def load_text_encoders(self, ref: ModelRef, device: torch.device) -> TextEncoder:
+    def load_text_encoders(
+        self, ref: ModelRef, device: torch.device, rounding: TextRounding = WHOLE_TEXT
+    ) -> TextEncoder:
         """T5 and its tokenizer."""
         from transformers import AutoTokenizer, T5EncoderModel
 
         tokenizer = loading.load_tokenizer(AutoTokenizer, ref, "tokenizer")
-        return TextEncoder(tokenizer, loading.load_frozen(T5EncoderModel, ref, "text_encoder", device))
+        return TextEncoder(tokenizer, load_text_encoder(T5EncoderModel, ref, "text_encoder", 1, rounding, device))
 
     def encode_texts(self, encoders: TextEncoder, texts: Sequence[str], section: CacheTextSection) -> list[Named]:
         """T5's last hidden states of the cleaned texts, trimmed to their tokens: ``embeds`` ``[tokens, D]``."""

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from kubetuner.artifacts import LatentRow
 from kubetuner.config.objective import ProcessSettings
 from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRef
+from kubetuner.config.text_rounding import WHOLE_TEXT, TextRounding
 from kubetuner.diffusion.epsilon import EpsilonProcess
 from kubetuner.families import loading, noise
 from kubetuner.families.adapters import Adapters
 from kubetuner.families.autoencoders import KlLatents
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
+from kubetuner.families.quantised import load_text_encoder
 from kubetuner.families.text import PAD_TO, TextEncoder, in_batches
 
 MAX_TOKENS = 77
@@ -52,7 +54,9 @@ class Sdxl(KlLatents, Adapters):
         channels_last=True,
     )
 
-    def load_text_encoders(self, ref: ModelRef, device: torch.device) -> SdxlTextEncoders:
+    def load_text_encoders(
+        self, ref: ModelRef, device: torch.device, rounding: TextRounding = WHOLE_TEXT
+    ) -> SdxlTextEncoders:
         """Both CLIP text models and their tokenizers."""
         from diffusers import StableDiffusionXLPipeline
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -60,11 +64,11 @@ class Sdxl(KlLatents, Adapters):
         return SdxlTextEncoders(
             TextEncoder(
                 loading.load_tokenizer(CLIPTokenizer, ref, "tokenizer"),
-                loading.load_frozen(CLIPTextModel, ref, "text_encoder", device),
+                load_text_encoder(CLIPTextModel, ref, "text_encoder", 1, rounding, device),
             ),
             TextEncoder(
                 loading.load_tokenizer(CLIPTokenizer, ref, "tokenizer_2"),
-                loading.load_frozen(CLIPTextModelWithProjection, ref, "text_encoder_2", device),
+                load_text_encoder(CLIPTextModelWithProjection, ref, "text_encoder_2", 2, rounding, device),
             ),
             loading.pipeline_setting(StableDiffusionXLPipeline, ref, "force_zeros_for_empty_prompt", True),
         )

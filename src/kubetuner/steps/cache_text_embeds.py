@@ -153,7 +153,7 @@ def _encode(section: CacheTextSection, store: Store, namespace: str, texts: _Tex
     keep_freed_memory()
     device = default_device()
     family = load_family(section.model.family)
-    encoders = family.load_text_encoders(section.model, device)
+    encoders = family.load_text_encoders(section.model, device, section.rounding)
     dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32
     at_once = BATCHES_AT_ONCE * section.text_encoder_batch_size
     with Progress("cache_text_embeds", len(missing), "texts") as progress, torch.inference_mode():
