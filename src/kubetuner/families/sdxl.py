@@ -79,7 +79,9 @@ class Sdxl(KlLatents, Adapters):
         The empty text is zeros where the base draws its unconditional pictures with zeros, so that a dropped caption
         trains what guidance will use.
         """
-        return in_batches(lambda some: _encode(encoders, some), texts, section.text_encoder_batch_size)
+        first, second = (_tokens(encoder, texts) for encoder in (encoders.first, encoders.second))
+        rows = list(zip(texts, first, second, strict=True))
+        return in_batches(lambda some: _encode(encoders, some), rows, section.text_encoder_batch_size)
 
     def load_denoiser(self, ref: ModelRef, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """See :class:`~kubetuner.families.base.Family`."""
@@ -153,24 +155,28 @@ class Sdxl(KlLatents, Adapters):
 
 
 @torch.no_grad()
-def _encode(encoders: SdxlTextEncoders, texts: Sequence[str]) -> list[Named]:
-    first, _ = _clip(encoders.first, texts)
-    second, pooled = _clip(encoders.second, texts)
+def _encode(encoders: SdxlTextEncoders, rows: Sequence[tuple[str, list[int], list[int]]]) -> list[Named]:
+    first, _ = _clip(encoders.first, [tokens for _, tokens, _ in rows])
+    second, pooled = _clip(encoders.second, [tokens for _, _, tokens in rows])
     embeds = torch.cat([first, second], dim=-1)
     named: list[Named] = []
-    for row, text in enumerate(texts):
+    for row, (text, _, _) in enumerate(rows):
         keep = 0.0 if encoders.empty_is_zeros and not text else 1.0
         named.append({"embeds": embeds[row] * keep, "pooled": pooled[row] * keep})
     return named
 
 
-def _clip(encoder: TextEncoder, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _tokens(encoder: TextEncoder, texts: Sequence[str]) -> list[list[int]]:
+    """The 77 tokens of each text."""
+    tokens = encoder.tokenizer(list(texts), padding="max_length", max_length=MAX_TOKENS, truncation=True)
+    ids: list[list[int]] = tokens.input_ids
+    return ids
+
+
+def _clip(encoder: TextEncoder, tokens: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
     """Penultimate hidden states ``[B, 77, D]`` and the first output, which is pooled for the second encoder."""
-    tokens = encoder.tokenizer(
-        list(texts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-    )
     device = next(encoder.model.parameters()).device
-    output = encoder.model(tokens.input_ids.to(device), output_hidden_states=True)
+    output = encoder.model(torch.tensor(tokens).to(device), output_hidden_states=True)
     return output.hidden_states[-2].float().cpu(), output[0].float().cpu()
 
 
