@@ -31,6 +31,7 @@ from kubetuner.config.sections import (
     TrainSection,
 )
 from kubetuner.config.source_sections import DownloadSection
+from kubetuner.config.text_rounding import TextRounding, read_text_rounding
 from kubetuner.errors import Problem
 
 DEFAULT_JUDGE = "openai/clip-vit-large-patch14-336"
@@ -46,7 +47,7 @@ _TRAIN_KEYS = (
     "checkpoints_total_limit",
     "resume_from_checkpoint", "log_step_interval", "data_backend_sampling", "layer_freeze_strategy",
     "gradient_checkpointing_interval", "attention_mechanism", "base_model_precision", "masked_loss_probability",
-    "num_train_processes", "num_machines",
+    "num_train_processes", "num_machines", "quantize_via",
 )  # fmt: skip
 
 
@@ -63,6 +64,7 @@ class Base:
     objective: ObjectiveReader
     scheduler: SchedulerChange
     flow: FlowSchedule
+    rounding: TextRounding
 
     @property
     def scheduled_model(self) -> ModelRef:
@@ -98,6 +100,7 @@ def read_base(values: Values, where: str, cwd: Path, problems: list[Problem]) ->
         objective=objective,
         scheduler=objective.scheduler(),
         flow=objective.flow_schedule(),
+        rounding=read_text_rounding(values, outline.text_encoders, where, problems),
     )
 
 
@@ -182,6 +185,7 @@ def build_sections(base: Base, data: Data, where: str, cwd: Path, problems: list
                 "captions": tuple(
                     entry.captions for entry in data.pictures if entry.captions.filters or entry.captions.shuffle
                 ),
+                "rounding": base.rounding,
                 **values.pick("text_encoder_batch_size"),
             }
         ),
@@ -346,6 +350,7 @@ def _evaluate(base: Base, data: Data, where: str, cwd: Path, problems: list[Prob
             "instruction": base.instruction,
             "max_length": values.integer("tokenizer_max_length", 0),
             "flow": base.flow,
+            "rounding": base.rounding,
             **seed,
             **{field: values.get(key) for field, key in names.items() if key in values},
             **values.pick(

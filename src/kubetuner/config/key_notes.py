@@ -50,6 +50,11 @@ MODEL_NOTES: Mapping[str, Note] = {
     "gradient_checkpointing": Note("compute activations again instead of keeping them: less memory, slower", True),
     "gradient_checkpointing_interval": Note("recompute every n-th block", 1),
     "base_model_precision": Note("how the frozen base under a LoRA is stored", "no_change"),
+    "text_encoder_1_precision": Note("how the frozen text encoder is stored; of SDXL, CLIP-L", "no_change"),
+    "text_encoder_2_precision": Note("the same of SDXL's OpenCLIP-bigG", "no_change"),
+    "text_encoder_3_precision": Note("no family has so many text encoders", "no_change"),
+    "text_encoder_4_precision": Note("no family has so many text encoders", "no_change"),
+    "quantize_via": Note("where weights are rounded; `cpu` keeps the whole ones off the GPU", "accelerator"),
     "attention_mechanism": Note("kernel of softmax attention", "diffusers"),
     "sana_complex_human_instruction": Note(
         "text before every caption: text, file, list, `true` or `false`",

@@ -18,19 +18,11 @@ LATER_OPTIMIZERS = frozenset(
 )  # fmt: skip
 
 _QUANTISED = "quantised weights are"
-_TEXT = "rounding of text encoders (they run in a step of their own, without the denoiser) is"
 _PREVIEW = "pictures are drawn in a step of their own, after training, and its report shows them when they are finished"
 
 LATER: dict[str, Rule] = {
     "base_model_default_dtype": Later("another dtype of the frozen weights is", ("bf16",)),
-    "text_encoder_1_precision": Later(_TEXT, ("no_change",)),
-    "text_encoder_2_precision": Later(_TEXT, ("no_change",)),
-    "text_encoder_3_precision": Later(_TEXT, ("no_change",)),
-    "text_encoder_4_precision": Later(_TEXT, ("no_change",)),
     "quantize_activations": Later(_QUANTISED, (False,)),
-    "quantize_via": Unneeded(
-        "str", "a base is rounded layer by layer from bfloat16, of which a GPU of 8 GB holds each"
-    ),
     "quantization_config": Later(_QUANTISED),
     "validation_lycoris_strength": Later("LyCORIS is", (1.0,)),
     "lora_format": Later("another format of the LoRA file is", ("diffusers",)),

@@ -20,6 +20,7 @@ class FamilyOutline:
         text_floats: Largest number of floats one caption's embedding takes there.
         picture_multiple: Edges of validation pictures are multiples of this.
         flow: Whether it trains flow matching, and not diffusion.
+        text_encoders: How many it has.
     """
 
     flavours: dict[str, str]
@@ -32,6 +33,7 @@ class FamilyOutline:
     text_floats: int
     picture_multiple: int
     flow: bool = False
+    text_encoders: int = 1
 
 
 OUTLINES: dict[FamilyName, FamilyOutline] = {
@@ -64,6 +66,7 @@ OUTLINES: dict[FamilyName, FamilyOutline] = {
         text_width=2048,
         text_floats=77 * 2048 + 1280,
         picture_multiple=16,
+        text_encoders=2,
     ),
     "sana": FamilyOutline(
         flavours={

@@ -21,6 +21,9 @@ from kubetuner.config.keys import Alias, Key, Rule, Schema, Unneeded, one_of
 from kubetuner.config.later_keys import FOREIGN, LATER, LATER_OPTIMIZERS
 from kubetuner.config.objective_keys import OBJECTIVE_RULES
 from kubetuner.config.optimizers import OPTIMIZERS
+from kubetuner.config.text_rounding import MOST_ENCODERS, text_precision_key
+
+_PRECISION = Key("str", one_of(*precision.PRECISIONS), later=precision.LATER, refused=precision.REFUSED)
 
 MODEL_RULES: dict[str, Rule] = {
     "model_type": Key("str", one_of("full", "lora"), nullable=False),
@@ -42,7 +45,9 @@ MODEL_RULES: dict[str, Rule] = {
     "layer_freeze_strategy": Key("str", one_of("none", "bitfit")),
     "gradient_checkpointing": Key("bool"),
     "gradient_checkpointing_interval": Key("int", low=1),
-    "base_model_precision": Key("str", one_of(*precision.PRECISIONS), later=precision.LATER, refused=precision.REFUSED),
+    "base_model_precision": _PRECISION,
+    **{text_precision_key(number): _PRECISION for number in range(1, MOST_ENCODERS + 1)},
+    "quantize_via": Key("str", one_of("accelerator", "cpu"), later=frozenset({"pipeline"})),
     "attention_mechanism": Key(
         "str", one_of(*attention.MECHANISMS), later=frozenset({"flex"}), refused=attention.REFUSED
     ),

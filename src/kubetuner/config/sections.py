@@ -26,6 +26,7 @@ from kubetuner.config.objective import (
 from kubetuner.config.optimizers import OptimizerName, Option
 from kubetuner.config.section import Section
 from kubetuner.config.source_sections import DownloadSection
+from kubetuner.config.text_rounding import TextRounding
 
 FamilyName = Literal["pixart_sigma", "sdxl", "sana"]
 ModelType = Literal["full", "lora"]
@@ -151,6 +152,7 @@ class CacheTextSection(Section):
         dtype: Stored dtype of embeddings.
         captions: What is done to captions first, of the datasets whose captions are changed.
         text_encoder_batch_size: Texts encoded at once.
+        rounding: How the text encoders are stored.
     """
 
     SPEED_ONLY: ClassVar[frozenset[str]] = frozenset({"text_encoder_batch_size"})
@@ -162,14 +164,17 @@ class CacheTextSection(Section):
     dtype: Literal["bf16", "fp32"] = "fp32"
     captions: tuple[DatasetCaptions, ...] = ()
     text_encoder_batch_size: int = 16
+    rounding: TextRounding = TextRounding()
 
     def encoding(self) -> dict[str, object]:
         """The settings that decide a text's embedding: without ``captions``, which decide what the texts are."""
         return {name: value for name, value in self.deciding().items() if name != "captions"}
 
     def deciding(self) -> dict[str, object]:
-        """Of the model, tokenizers and text encoders alone."""
-        return super().deciding() | {"model": self.model.text_identity()}
+        """Of the model, tokenizers and text encoders alone; their precisions where some are not as published."""
+        settings = super().deciding() | {"model": self.model.text_identity()}
+        del settings["rounding"]  # So embeddings that were cached before there was such a setting keep their keys.
+        return settings | ({"precisions": self.rounding.precisions} if self.rounding.precisions else {})
 
 
 class DatasetSampling(Section):
@@ -200,6 +205,7 @@ class TrainSection(Section):
         attention_mechanism: Kernel of softmax attention; see :mod:`kubetuner.config.attention`.
         compilation: ``None`` without ``dynamo_backend``.
         base_model_precision: How the frozen base's linear layers are stored; see :mod:`kubetuner.config.precision`.
+        quantize_via: Where they are rounded; on the CPU, a GPU never holds the whole base.
         max_train_steps: Optimizer steps; exactly one of this and ``num_train_epochs`` is above 0.
         grad_clip_method: ``norm`` or ``value``; ``max_grad_norm`` 0 turns clipping off.
         checkpoint_step_interval: Optimizer steps between checkpoints; 0 for none by steps. There is one at the end.
@@ -221,7 +227,7 @@ class TrainSection(Section):
     SPEED_ONLY: ClassVar[frozenset[str]] = frozenset(
         {
             "checkpoint_step_interval", "checkpoint_epoch_interval", "checkpoints_total_limit",
-            "resume_from_checkpoint", "num_train_processes", "num_machines", "fsdp",
+            "resume_from_checkpoint", "num_train_processes", "num_machines", "fsdp", "quantize_via",
         }
     )  # fmt: skip
 
@@ -240,6 +246,7 @@ class TrainSection(Section):
     attention_mechanism: str = "diffusers"
     compilation: CompileSettings | None = None
     base_model_precision: str = "no_change"
+    quantize_via: Literal["accelerator", "cpu"] = "accelerator"
     mixed_precision: Literal["no", "bf16"] = "bf16"
     optimizer: OptimizerName = "torch-adamw"
     optimizer_options: dict[str, Option] = Field(default_factory=dict)
@@ -332,6 +339,7 @@ class EvaluateSection(Section):
         judge_revision: Hash of the contents of ``judge`` when that is a folder; resolved by ``plan``.
         instruction: See :class:`CacheTextSection`.
         clean_caption: See :class:`CacheTextSection`.
+        rounding: See :class:`CacheTextSection`; pictures are drawn with the encoders that captions were cached with.
     """
 
     model: ModelRef
@@ -354,6 +362,7 @@ class EvaluateSection(Section):
     max_length: int = 0
     mixed_precision: Literal["no", "bf16"] = "bf16"
     flow: FlowSchedule = FlowSchedule()
+    rounding: TextRounding = TextRounding()
 
 
 class PushSection(Section):

@@ -16,6 +16,7 @@ from kubetuner.evaluation.eval_loss import EvalLoss, Measurement, evaluation_los
 from kubetuner.evaluation.held_out import HeldOut
 from kubetuner.evaluation.pictures import Shot, draw_shots, shots_of
 from kubetuner.families import Family, load_family
+from kubetuner.families.quantised import round_text_encoders
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class _Examiner:
         paths: list[str] = []
         if self.shots:
             pipeline = self.family.load_pipeline(self.section.model, denoiser, self.device)
+            round_text_encoders(pipeline, self.section.rounding)
             paths = draw_shots(self.family, pipeline, self.shots, self.section, self.out, moment)
         return loss, paths
 

@@ -1,4 +1,4 @@
-"""The KL autoencoder that PixArt Sigma and SDXL share."""
+"""The KL autoencoder that PixArt Sigma and SDXL share, and how pixels come to any autoencoder."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ class KlLatents:
     @torch.no_grad()
     def encode_pixels(self, vae: Any, pixels: Tensor, noise: Tensor | None) -> Tensor:
         """Scaled latents float32 of ``pixels``: the posterior's sample for ``noise``, or its mode."""
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        posterior = vae.encode(as_wanted(vae, pixels)).latent_dist
         latents = posterior.mode() if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
         scaled: Tensor = ((latents - _shift(vae)) * vae.config.scaling_factor).float()
         return scaled
@@ -29,7 +29,7 @@ class KlLatents:
     @torch.no_grad()
     def encode_moments(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the scaled latents of ``pixels``, float32."""
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        posterior = vae.encode(as_wanted(vae, pixels)).latent_dist
         scale = vae.config.scaling_factor
         return ((posterior.mean - _shift(vae)) * scale).float(), (posterior.std * scale).float()
 
@@ -37,6 +37,11 @@ class KlLatents:
         """(C, h, w) of the latents of a picture of that many pixels."""
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         return vae.config.latent_channels, height // factor, width // factor
+
+
+def as_wanted(vae: Any, pixels: Tensor) -> Tensor:
+    """``pixels`` on the autoencoder's device, in its dtype and channels last, as its weights are loaded."""
+    return pixels.to(vae.device, vae.dtype, memory_format=torch.channels_last)
 
 
 def _shift(vae: Any) -> float:

@@ -16,6 +16,7 @@ from kubetuner.artifacts import LatentRow
 from kubetuner.config.adapter_sections import LoraSettings
 from kubetuner.config.objective import ProcessSettings
 from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRef
+from kubetuner.config.text_rounding import WHOLE_TEXT, TextRounding
 from kubetuner.diffusion.process import NoiseProcess
 from kubetuner.families.text import PAD_TO
 
@@ -75,8 +76,12 @@ class Family(Protocol):
         """(C, h, w) of the latents of a picture of that many pixels."""
         ...
 
-    def load_text_encoders(self, ref: ModelRef, device: torch.device) -> Any:
-        """Tokenizers and frozen text encoders; opaque to callers."""
+    def load_text_encoders(self, ref: ModelRef, device: torch.device, rounding: TextRounding = WHOLE_TEXT) -> Any:
+        """Tokenizers and frozen text encoders, stored as ``rounding`` says; opaque to callers.
+
+        Raises:
+            InputError: The library for a precision is missing.
+        """
         ...
 
     def encode_texts(self, encoders: Any, texts: Sequence[str], section: CacheTextSection) -> list[Named]:

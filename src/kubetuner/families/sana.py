@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from kubetuner.artifacts import LatentRow
 from kubetuner.config.objective import ProcessSettings
 from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRef
+from kubetuner.config.text_rounding import WHOLE_TEXT, TextRounding
 from kubetuner.diffusion.flow import FlowProcess
 from kubetuner.families import loading, noise
 from kubetuner.families.adapters import Adapters
+from kubetuner.families.autoencoders import as_wanted
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
+from kubetuner.families.quantised import load_text_encoder
 from kubetuner.families.text import PAD_TO, TextEncoder, encode_at_length, pad_together, padded_shapes
 
 MAX_TOKENS = 300
@@ -44,7 +47,7 @@ class Sana(Adapters):
     @torch.no_grad()
     def encode_pixels(self, vae: Any, pixels: Tensor, noise: Tensor | None) -> Tensor:
         """Deterministic, so ``noise`` is not used. SimpleTuner halves these latents before training; we do not."""
-        latents: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent * vae.config.scaling_factor
+        latents: Tensor = vae.encode(as_wanted(vae, pixels)).latent * vae.config.scaling_factor
         return latents.float()
 
     def encode_moments(self, vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,12 +60,14 @@ class Sana(Adapters):
         factor = 2 ** (len(vae.config.encoder_block_out_channels) - 1)
         return vae.config.latent_channels, height // factor, width // factor
 
-    def load_text_encoders(self, ref: ModelRef, device: torch.device) -> TextEncoder:
+    def load_text_encoders(
+        self, ref: ModelRef, device: torch.device, rounding: TextRounding = WHOLE_TEXT
+    ) -> TextEncoder:
         """Gemma 2 and its tokenizer."""
         from transformers import AutoTokenizer, Gemma2Model
 
         tokenizer = loading.load_tokenizer(AutoTokenizer, ref, "tokenizer")
-        return TextEncoder(tokenizer, loading.load_frozen(Gemma2Model, ref, "text_encoder", device))
+        return TextEncoder(tokenizer, load_text_encoder(Gemma2Model, ref, "text_encoder", 1, rounding, device))
 
     def encode_texts(self, encoders: TextEncoder, texts: Sequence[str], section: CacheTextSection) -> list[Named]:
         """Gemma's last hidden states of instruction and text: ``embeds`` ``[tokens, D]``.

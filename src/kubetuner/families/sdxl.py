@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from kubetuner.artifacts import LatentRow
 from kubetuner.config.objective import ProcessSettings
 from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRef
+from kubetuner.config.text_rounding import WHOLE_TEXT, TextRounding
 from kubetuner.diffusion.epsilon import EpsilonProcess
 from kubetuner.families import loading, noise
 from kubetuner.families.adapters import Adapters
 from kubetuner.families.autoencoders import KlLatents
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
+from kubetuner.families.quantised import load_text_encoder
 from kubetuner.families.text import PAD_TO, TextEncoder, in_batches
 
 MAX_TOKENS = 77
@@ -52,7 +54,9 @@ class Sdxl(KlLatents, Adapters):
         channels_last=True,
     )
 
-    def load_text_encoders(self, ref: ModelRef, device: torch.device) -> SdxlTextEncoders:
+    def load_text_encoders(
+        self, ref: ModelRef, device: torch.device, rounding: TextRounding = WHOLE_TEXT
+    ) -> SdxlTextEncoders:
         """Both CLIP text models and their tokenizers."""
         from diffusers import StableDiffusionXLPipeline
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -60,11 +64,11 @@ class Sdxl(KlLatents, Adapters):
         return SdxlTextEncoders(
             TextEncoder(
                 loading.load_tokenizer(CLIPTokenizer, ref, "tokenizer"),
-                loading.load_frozen(CLIPTextModel, ref, "text_encoder", device),
+                load_text_encoder(CLIPTextModel, ref, "text_encoder", 1, rounding, device),
             ),
             TextEncoder(
                 loading.load_tokenizer(CLIPTokenizer, ref, "tokenizer_2"),
-                loading.load_frozen(CLIPTextModelWithProjection, ref, "text_encoder_2", device),
+                load_text_encoder(CLIPTextModelWithProjection, ref, "text_encoder_2", 2, rounding, device),
             ),
             loading.pipeline_setting(StableDiffusionXLPipeline, ref, "force_zeros_for_empty_prompt", True),
         )
@@ -75,7 +79,9 @@ class Sdxl(KlLatents, Adapters):
         The empty text is zeros where the base draws its unconditional pictures with zeros, so that a dropped caption
         trains what guidance will use.
         """
-        return in_batches(lambda some: _encode(encoders, some), texts, section.text_encoder_batch_size)
+        first, second = (_tokens(encoder, texts) for encoder in (encoders.first, encoders.second))
+        rows = list(zip(texts, first, second, strict=True))
+        return in_batches(lambda some: _encode(encoders, some), rows, section.text_encoder_batch_size)
 
     def load_denoiser(self, ref: ModelRef, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """See :class:`~kubetuner.families.base.Family`."""
@@ -149,24 +155,28 @@ class Sdxl(KlLatents, Adapters):
 
 
 @torch.no_grad()
-def _encode(encoders: SdxlTextEncoders, texts: Sequence[str]) -> list[Named]:
-    first, _ = _clip(encoders.first, texts)
-    second, pooled = _clip(encoders.second, texts)
+def _encode(encoders: SdxlTextEncoders, rows: Sequence[tuple[str, list[int], list[int]]]) -> list[Named]:
+    first, _ = _clip(encoders.first, [tokens for _, tokens, _ in rows])
+    second, pooled = _clip(encoders.second, [tokens for _, _, tokens in rows])
     embeds = torch.cat([first, second], dim=-1)
     named: list[Named] = []
-    for row, text in enumerate(texts):
+    for row, (text, _, _) in enumerate(rows):
         keep = 0.0 if encoders.empty_is_zeros and not text else 1.0
         named.append({"embeds": embeds[row] * keep, "pooled": pooled[row] * keep})
     return named
 
 
-def _clip(encoder: TextEncoder, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _tokens(encoder: TextEncoder, texts: Sequence[str]) -> list[list[int]]:
+    """The 77 tokens of each text."""
+    tokens = encoder.tokenizer(list(texts), padding="max_length", max_length=MAX_TOKENS, truncation=True)
+    ids: list[list[int]] = tokens.input_ids
+    return ids
+
+
+def _clip(encoder: TextEncoder, tokens: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
     """Penultimate hidden states ``[B, 77, D]`` and the first output, which is pooled for the second encoder."""
-    tokens = encoder.tokenizer(
-        list(texts), padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-    )
     device = next(encoder.model.parameters()).device
-    output = encoder.model(tokens.input_ids.to(device), output_hidden_states=True)
+    output = encoder.model(torch.tensor(tokens).to(device), output_hidden_states=True)
     return output.hidden_states[-2].float().cpu(), output[0].float().cpu()
 
 

@@ -68,9 +68,9 @@ def padded_shapes(tokens: int, width: int) -> dict[str, tuple[int, ...]]:
 
 
 def in_batches(
-    encode: Callable[[Sequence[str]], list[dict[str, Tensor]]], texts: Sequence[str], batch_size: int
+    encode: Callable[[Sequence[ItemT]], list[dict[str, Tensor]]], texts: Sequence[ItemT], batch_size: int
 ) -> list[dict[str, Tensor]]:
-    """``encode`` applied to exactly ``batch_size`` texts at a time."""
+    """``encode`` applied to exactly ``batch_size`` texts, in whatever form, at a time."""
     batches = (texts[at : at + batch_size] for at in range(0, len(texts), batch_size))
     return [named for batch in batches for named in encode(_filled(batch, batch_size))[: len(batch)]]
 

@@ -37,6 +37,7 @@ from kubetuner.data.rows import RowFile
 from kubetuner.digests import fingerprint
 from kubetuner.errors import ArtifactError
 from kubetuner.progress import Progress
+from kubetuner.steps.allocation import keep_freed_memory
 from kubetuner.steps.cache_masks import CachedMasks, cache_masks
 from kubetuner.steps.download_dataset import read_dataset
 from kubetuner.store import Store, resolve_store
@@ -211,6 +212,7 @@ def _encode(section: CacheVaeSection, store: Store, namespace: str, samples: _Sa
     from kubetuner.families import load_family
     from kubetuner.families.loading import default_device
 
+    keep_freed_memory()
     device = default_device()
     family = load_family(section.model.family)
     vae = family.load_vae(section.model, device)

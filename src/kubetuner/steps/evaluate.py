@@ -160,6 +160,9 @@ def _notes(section: EvaluateSection, comparison: "Comparison", tracked: str) -> 
         notes.append("No pictures: there is no validation prompt.")
     elif section.evaluation_type == "none":
         notes.append("Pictures were not scored: evaluation_type is none.")
+    rounded = ", ".join(f"{key} {name}" for key, name in section.rounding.named().items())
+    if rounded and comparison.images:
+        notes.append(f"Pictures were drawn with rounded text encoders, as captions were cached: {rounded}.")
     notes += [f"The judge read only the beginning of {prompt!r}." for prompt in comparison.truncated]
     return tuple(notes)
 

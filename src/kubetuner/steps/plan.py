@@ -74,7 +74,7 @@ def make_plan(
         problems.extend(bucket_problems(one, train))
         problems.extend(unreadable_problems(one, sections.download.max_skipped_share))
     problems.extend(_alignment_problems(sections, run))
-    problems.extend(library_problems(sections.train))
+    problems.extend(library_problems(sections.train, sections.cache_text_embeds.rounding))
     problems.extend(store_problems())
     problems.extend(trainjob_problems(sections.train))
     if problems:

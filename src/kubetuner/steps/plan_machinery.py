@@ -7,29 +7,34 @@ from kubetuner.config.attention import PACKAGES, is_installed
 from kubetuner.config.compilation import missing_compiler
 from kubetuner.config.precision import missing_library
 from kubetuner.config.sections import TrainSection
+from kubetuner.config.text_rounding import TextRounding
 from kubetuner.config.trainjob import TRAINJOB_VARIABLE, no_trainjob, trainjob_settings
 from kubetuner.errors import ArtifactError, InputError, Problem
 from kubetuner.store import STORE_VARIABLE, open_store
 
 
-def library_problems(train: TrainSection) -> list[Problem]:
-    """What training will miss here. Where there is no torch, it will run elsewhere, and that place cannot be asked."""
+def library_problems(train: TrainSection, text: TextRounding) -> list[Problem]:
+    """What training and text encoders will miss here.
+
+    Where there is no torch, they will run elsewhere, and that place cannot be asked.
+    """
     if find_spec("torch") is None:
         return []
     problems = []
-    mechanism, precision = train.attention_mechanism, train.base_model_precision
+    mechanism = train.attention_mechanism
     if not is_installed(mechanism):
         message = (
             f"is {mechanism!r}, and the Python package {PACKAGES[mechanism]} is not installed; "
             "install it, or use 'diffusers', which takes the fastest kernel of PyTorch's own."
         )
         problems.append(Problem("config.json.attention_mechanism", message))
-    if distribution := missing_library(precision):
-        message = (
-            f"is {precision!r}, and the Python package {distribution} is not installed; "
-            "install kubetuner[quantised], or use 'no_change'."
-        )
-        problems.append(Problem("config.json.base_model_precision", message))
+    for key, precision in ({"base_model_precision": train.base_model_precision} | text.named()).items():
+        if distribution := missing_library(precision):
+            message = (
+                f"is {precision!r}, and the Python package {distribution} is not installed; "
+                "install kubetuner[quantised], or use 'no_change'."
+            )
+            problems.append(Problem(f"config.json.{key}", message))
     if compiler := missing_compiler(train.compilation):
         message = (
             f"is 'inductor', which needs a C++ compiler, and {compiler} is not installed; "

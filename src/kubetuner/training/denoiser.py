@@ -7,7 +7,7 @@ from kubetuner.config.sections import TrainSection
 from kubetuner.errors import InputError
 from kubetuner.families.attention import use_attention
 from kubetuner.families.base import Family
-from kubetuner.families.quantised import quantise
+from kubetuner.families.quantised import load_rounded
 from kubetuner.training.randomness import derive_seed
 from kubetuner.training.recompute import recompute_activations
 
@@ -52,7 +52,12 @@ def load_base(section: TrainSection, family: Family, device: torch.device) -> nn
     rounding them would change the published weights.
     """
     dtype = torch.bfloat16 if section.frozen_in_bf16 else torch.float32
-    return quantise(family.load_denoiser(section.model, device, dtype), section.base_model_precision)
+    return load_rounded(
+        lambda place: family.load_denoiser(section.model, place, dtype),
+        section.base_model_precision,
+        section.quantize_via,
+        device,
+    )
 
 
 def _only_biases(denoiser: nn.Module) -> nn.Module:

@@ -1,9 +1,13 @@
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import PixArtSigmaPipeline
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from kubetuner.artifacts import LatentRow
 from kubetuner.config.objective import ProcessSettings
@@ -27,6 +31,19 @@ FAMILY = PixArtSigma()
 )
 def test_cleaning(text: str, cleaned: str) -> None:
     assert prepare([text], clean=True) == [cleaned]
+
+
+@given(st.text(st.sampled_from("aB%+2 0.\"'-_#@<b>&;é猫\n"), max_size=30) | st.text(max_size=30))
+@example("A cat, and a dog.")
+@example("100%25 red")
+@example('a  cat -- "b" &amp;amp;lt;b&amp;amp;gt;')
+@settings(deadline=None, max_examples=60)
+def test_cleaning_is_what_the_stock_pipeline_does(text: str) -> None:
+    stock = object.__new__(PixArtSigmaPipeline)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = stock._text_preprocessing([text], clean_caption=True)
+    assert prepare([text], clean=True) == expected
 
 
 def test_without_cleaning_texts_are_lowered_and_stripped() -> None:
