@@ -35,6 +35,14 @@ def test_the_readme_names_every_page() -> None:
     assert [page for page in pages if f"({page})" not in text] == []
 
 
+def test_every_variable_of_the_environment_is_explained() -> None:
+    sources = [path for folder in ("src", "pipelines", "components") for path in (ROOT / folder).rglob("*.py")]
+    read = {name for path in sources for name in re.findall(r'"(KUBETUNER_[A-Z_]+)"', path.read_text(encoding="utf-8"))}
+    told = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES if page.parts[0] == "docs")
+    assert "KUBETUNER_STORE" in read
+    assert sorted(name for name in read if f"`{name}`" not in told) == []
+
+
 def _anchors(page: Path) -> set[str]:
     """Headings as the forges turn them into anchors."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)

@@ -71,6 +71,7 @@ PUBLISHED: Mapping[str, Mapping[str, object]] = {
     "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": _sana(20, 32, qk_norm=_NORMED),
     "Efficient-Large-Model/Sana_1600M_2Kpx_BF16_diffusers": _sana(20, 64),
     "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": _sana(20, 32),
+    "terminusresearch/sana-1.6b-1024px": _sana(20, 32),
     "Efficient-Large-Model/Sana_600M_1024px_diffusers": _sana(28, 32, wide=False),
     "Efficient-Large-Model/Sana_600M_512px_diffusers": _sana(28, 16, wide=False),
 }
@@ -107,7 +108,7 @@ def _config(ref: ModelRef) -> Mapping[str, object]:
         text = _path(ref, file).read_text(encoding="utf-8")
         config = json.loads(text)
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} of {ref.path} cannot be read: {error}.") from error
+        raise InputError(f"{file} of {ref.path} cannot be read: {str(error).rstrip('.')}.") from error
     if not isinstance(config, dict):
         raise InputError(f"{file} of {ref.path} holds a {type(config).__name__}; expected an object.")
     return config

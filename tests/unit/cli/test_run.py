@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kubetuner.artifacts import EvaluationArtifact, ModelArtifact, PublishedArtifact, write_artifact
-from kubetuner.cli.run import _finish, _folder
+from kubetuner.cli.run import _finish, _folder, _tracking
 from kubetuner.config.load import load
 from kubetuner.errors import InputError
 from pipelines.local import LocalRun
@@ -61,3 +61,13 @@ def test_the_folder_is_that_of_the_command_or_of_the_file(tmp_path, monkeypatch)
     assert _folder(Path("other"), named) == _folder(tmp_path / "other", silent) == tmp_path / "other"
     with pytest.raises(InputError, match=r"--out FOLDER, or as output_dir in config\.json"):
         _folder(None, silent)
+
+
+def test_where_runs_are_tracked_reaches_the_steps():
+    config = {"model_type": "full", "model_family": "sana"}
+    data = [{"id": "a", "instance_data_dir": "a"}]
+    assert _tracking(load({**config, "--report_to": "none"}, data)) == {"MLFLOW_TRACKING_URI": ""}
+    assert _tracking(load({**config, "report_to": "mlflow"}, data)) == _tracking(load(config, data)) == {}
+    named = {"tracker_project_name": "rings", "tracker_run_name": "weekly"}
+    expected = {"MLFLOW_EXPERIMENT_NAME": "rings", "KUBETUNER_RUN_NAME": "weekly"}
+    assert _tracking(load({**config, **named}, data)) == expected

@@ -42,3 +42,19 @@ def test_pictures_are_png_of_the_size_asked_for_and_repeat(section: EvaluateSect
         with Image.open(tmp_path / first) as image:
             assert (image.format, image.size) == ("PNG", (128, 64))
         assert (tmp_path / first).read_bytes() == (tmp_path / second).read_bytes()
+
+
+def test_each_prompt_size_and_seed_is_what_the_family_draws(section: EvaluateSection, tmp_path: Path) -> None:
+    family = load_family("pixart_sigma")
+    many = section.model_copy(update={"resolutions": ((64, 64), (128, 64)), "num_validation_images": 2})
+    pipeline = family.load_pipeline(many.model, None, torch.device("cpu"))
+    shots = shots_of(many)
+
+    paths = draw_shots(family, pipeline, shots, many, tmp_path, "before")
+
+    assert len({(tmp_path / path).read_bytes() for path in paths}) == len(shots) == 8
+    for shot, path in list(zip(shots, paths, strict=True))[::3]:
+        with torch.no_grad():
+            drawn = family.draw(pipeline, shot.prompt, (shot.width, shot.height), shot.seed, many)
+        with Image.open(tmp_path / path) as image:
+            assert image.tobytes() == drawn.tobytes()

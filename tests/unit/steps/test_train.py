@@ -300,6 +300,16 @@ def test_settings_and_inputs_decide_the_fingerprint(tmp_path: Path) -> None:
     assert first.last_loss == same.last_loss != other.last_loss
 
 
+def test_mixed_precision_rounds_what_is_computed(tmp_path: Path) -> None:
+    caches = _caches(tmp_path, "sana")
+    exact, rounded = (
+        train(_section(tmp_path, "sana", mixed_precision=chosen), *caches, tmp_path / chosen).first_loss
+        for chosen in ("no", "bf16")
+    )
+    assert exact != rounded
+    assert rounded == pytest.approx(exact, rel=0.05)
+
+
 def test_epochs_are_turned_into_steps(tmp_path: Path) -> None:
     section = _section(tmp_path, "sana", max_train_steps=0, num_train_epochs=2, train_batch_size=2)
 

@@ -130,6 +130,19 @@ def test_accumulation_is_the_mean_over_micro_steps(setup: Setup, tmp_path: Path)
     assert _train(job, tmp_path)[1] == pytest.approx(float(expected), rel=1e-6)
 
 
+@pytest.mark.parametrize("scheduler", ["constant_with_warmup", "cosine", "polynomial"])
+def test_the_schedule_decides_how_far_a_step_goes(setup: Setup, tmp_path: Path, scheduler: str) -> None:
+    """Without decay AdamW's first step moves every weight by the learning rate."""
+    settings = {"lr_scheduler": scheduler, "lr_warmup_steps": 4, "adam_weight_decay": 0.0, "mixed_precision": "no"}
+    job = setup.job("sana", RandomBatches("sana"), **settings, checkpoint_step_interval=1)
+    before = {name: weight.detach().clone() for name, weight in job.trained().items()}
+    outcome = train_denoiser(job, Checkpoints(tmp_path, "key", 9), lambda _values, _step: None)
+    after = load_file(tmp_path / "key/checkpoint-1/weights.safetensors")
+    farthest = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert farthest == pytest.approx(outcome.points[0].lr, rel=1e-3)
+    assert outcome.points[0].lr < job.section.learning_rate / 2
+
+
 @pytest.mark.parametrize(("method", "logged"), [("norm", "grad_norm"), ("value", "grad_absmax")])
 def test_metrics_carry_the_gradient_before_clipping(setup: Setup, tmp_path: Path, method: str, logged: str) -> None:
     job = setup.job("sana", RandomBatches("sana"), grad_clip_method=method, max_grad_norm=1e-9, max_train_steps=2)

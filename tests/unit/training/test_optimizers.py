@@ -39,6 +39,16 @@ def test_prodigy_finds_its_own_rate() -> None:
     torch.testing.assert_close(weight.detach(), torch.ones(2), rtol=0, atol=0.2)
 
 
+def test_the_name_decides_the_class() -> None:
+    made = {
+        name: type(make_optimizer(_section(optimizer=name), [nn.Parameter(torch.zeros(1))]))
+        for name in ("torch-adamw", "torch-adafactor", "optimi-adamw", "optimi-lion", "optimi-stableadamw", "prodigy")
+    }
+    assert [f"{kind.__module__.partition('.')[0]} {kind.__name__}" for kind in made.values()] == [
+        "torch AdamW", "torch Adafactor", "optimi AdamW", "optimi Lion", "optimi StableAdamW", "prodigyopt Prodigy",
+    ]  # fmt: skip
+
+
 def test_one_step_of_lion_is_the_sign_of_the_mean_gradient() -> None:
     """Chen et al. 2023: w -= lr * (sign(beta1 * m + (1 - beta1) * g) + decay * w)."""
     weight = nn.Parameter(torch.tensor([1.0, -2.0]))
