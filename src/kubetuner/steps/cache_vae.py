@@ -1,11 +1,10 @@
 """The ``cache_vae`` step: pictures of a dataset artifact in, VAE latents out."""
 
-import hashlib
 import logging
 import os
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -32,19 +31,16 @@ from kubetuner.artifacts import (
 from kubetuner.config.sections import CacheVaeSection
 from kubetuner.data.geometry import LeftOut, Placement, place
 from kubetuner.data.keys import Keys
-from kubetuner.data.pictures import decode_picture, to_bytes, to_floats
+from kubetuner.data.pictures import read_pixels
 from kubetuner.data.rows import RowFile
 from kubetuner.digests import fingerprint
-from kubetuner.errors import ArtifactError
 from kubetuner.progress import Progress
 from kubetuner.steps.cache_masks import CachedMasks, cache_masks
 from kubetuner.steps.download_dataset import read_dataset
 from kubetuner.store import Store, resolve_store
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from kubetuner.families.base import Family
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +65,8 @@ def cache_vae(
     """Encode the samples ``shard``, ``shard + num_shards``, … of ``dataset`` that the store does not know yet.
 
     A latent's key is made of the picture's bytes, its geometry, the encoder, the dtype and the seed (not for moments,
-    which are not drawn); its posterior noise is drawn from that key, and batches are always full (:func:`_encode`). So
-    neither other pictures nor the number of shards change a bit of it.
+    which are not drawn); its posterior noise is drawn from that key, and batches are always full
+    (:class:`~kubetuner.families.encoding.Encoder`). So neither other pictures nor the number of shards change a bit.
 
     Raises:
         ArtifactError: ``dataset`` is incomplete or damaged.
@@ -198,33 +194,23 @@ def _rows(samples: _Samples, masks: CachedMasks, skipped: dict[int, Skipped]) ->
 
 
 def _encode(section: CacheVaeSection, store: Store, namespace: str, samples: _Samples, dataset: Path) -> int:
-    """Encode the missing samples and note their shards; returns how many have finite latents.
-
-    Kernels are chosen by the shape of a whole batch, so the last bits of a picture's latents depend on how many are
-    encoded together, though not on which. Therefore every batch is filled up to ``vae_batch_size``.
-    """
+    """Encode the missing samples and note their shards; returns how many have finite latents."""
     missing = samples.missing()
     if not len(missing):
         return 0
     import torch
 
-    from kubetuner.families import load_family
-    from kubetuner.families.loading import default_device
+    from kubetuner.families.encoding import load_encoder
 
-    device = default_device()
-    family = load_family(section.model.family)
-    vae = family.load_vae(section.model, device)
-    dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32
+    encoder = load_encoder(section.model, section.dtype, section.vae_batch_size)
     encoded = 0
     ready: dict[str, dict[str, Tensor]] = {}
     with Progress("cache_vae", len(missing), "pictures") as progress, torch.inference_mode():
         pictures = _read_ahead(dataset, (samples[index] for index in missing))
         for batch in _batches(pictures, section.vae_batch_size):
-            made = {name: one.to(dtype).cpu() for name, one in _encode_batch(section, family, vae, batch).items()}
-            finite = torch.stack([one.isfinite().flatten(1).all(1) for one in made.values()]).all(0).tolist()
-            for place, (item, _) in enumerate(batch):
-                if finite[place]:
-                    ready[item.key] = {name: one[place] for name, one in made.items()}
+            keys, pixels = [item.key for item, _ in batch], [one for _, one in batch]
+            made = encoder.encode(keys, pixels, moments=section.vae_cache_moments)
+            ready |= {key: tensors for key, tensors in zip(keys, made, strict=True) if tensors is not None}
             if len(ready) >= SAMPLES_PER_SHARD:
                 encoded += _write(store, namespace, samples.keys, ready)
                 ready = {}
@@ -246,25 +232,6 @@ def _batches(pictures: "Iterator[tuple[_Placed, Tensor]]", size: int) -> "Iterat
             yield batch
 
 
-def _encode_batch(
-    section: CacheVaeSection, family: "Family", vae: "nn.Module", batch: "Sequence[tuple[_Placed, Tensor]]"
-) -> "dict[str, Tensor]":
-    """What the cache keeps, on the VAE's device; the batch is filled up with its last picture."""
-    import torch
-
-    from kubetuner.data.latents import MOMENTS, SAMPLE, key_generator
-
-    device = next(vae.parameters()).device
-    full = [*batch, *[batch[-1]] * (section.vae_batch_size - len(batch))]
-    # Whole bytes travel: a quarter of what floats would be.
-    pixels = to_floats(torch.stack([one for _, one in full]).to(device))
-    if section.vae_cache_moments:
-        return dict(zip(MOMENTS, family.encode_moments(vae, pixels), strict=True))
-    shape = family.latent_shape(vae, pixels.shape[2], pixels.shape[3])
-    noise = torch.stack([torch.randn(shape, generator=key_generator(item.key)) for item, _ in full])
-    return {SAMPLE[0]: family.encode_pixels(vae, pixels, noise.to(device))}
-
-
 def _read_ahead(dataset: Path, items: Iterable[_Placed]) -> "Iterator[tuple[_Placed, Tensor]]":
     """Each item with its pixels (uint8), in order; meanwhile threads prepare those that follow."""
     threads = min(MAX_THREADS, os.cpu_count() or 1)
@@ -283,14 +250,7 @@ def _read_ahead(dataset: Path, items: Iterable[_Placed]) -> "Iterator[tuple[_Pla
 
 
 def _pixels(dataset: Path, item: _Placed) -> "Tensor":
-    """The item's pixels, uint8; the bytes that are decoded are the ones that were hashed."""
-    path = dataset / item.sample.file
-    data = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(data).hexdigest() != item.sample.sha256:
-        raise ArtifactError(
-            f"{path}, the picture of {item.sample.id}, is missing or damaged; run download_dataset again"
-        )
-    return to_bytes(decode_picture(data, path), item.placement)
+    return read_pixels(dataset / item.sample.file, item.sample.sha256, item.sample.id, item.placement)
 
 
 def _row(item: _Placed, shard: ShardEntry) -> LatentRow:
