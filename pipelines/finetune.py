@@ -51,6 +51,7 @@ def finetune(config: dict, data_backend_config: list, num_shards: int = 1) -> Fi
         section=sections["train"],
         latents=dsl.Collected(vae.outputs["latents"]),
         text_embeds=dsl.Collected(text.outputs["text_embeds"]),
+        dataset=pictures,
     )
     trained.set_accelerator_type(ACCELERATOR).set_accelerator_limit(GPUS)
     judged = evaluate(
@@ -58,6 +59,7 @@ def finetune(config: dict, data_backend_config: list, num_shards: int = 1) -> Fi
         model=trained.outputs["model"],
         latents=dsl.Collected(vae.outputs["latents"]),
         text_embeds=dsl.Collected(text.outputs["text_embeds"]),
+        dataset=pictures,
     )
     judged.set_accelerator_type(ACCELERATOR).set_accelerator_limit(GPUS)
     pushed = push_to_hub(
