@@ -68,5 +68,7 @@ class Encoder:
 def load_encoder(model: ModelRef, dtype: Literal["bf16", "fp32"], batch_size: int) -> Encoder:
     """The model's VAE, on the GPU if there is one."""
     family = load_family(model.family)
-    kept = torch.bfloat16 if dtype == "bf16" else torch.float32
-    return Encoder(family, family.load_vae(model, default_device()), kept, batch_size)
+    device, kept = default_device(), torch.bfloat16 if dtype == "bf16" else torch.float32
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # As in train, so that a cache has the bits that train would make.
+    return Encoder(family, family.load_vae(model, device), kept, batch_size)

@@ -212,7 +212,7 @@ def test_accepted_keys(key, value, read, monkeypatch) -> None:
         ("validation_preview", True, "not available yet"),
         ("attention_mechanism", "sageattention", "no backward pass"),
         ("attention_mechanism", "flex", "not available yet"),
-        ("vae_cache_disable", True, "not available yet"),
+        ("text_cache_disable", True, "not available yet"),
         ("gradient_checkpointing_interval", 0, "at least 1"),
         ("report_to", "wandb", "not available yet"),
         ("mixed_precision", "fp16", "not available yet"),
