@@ -15,7 +15,7 @@ def evaluate(  # noqa: PLR0913 - each artifact travels by its name
     model: dsl.Input[dsl.Model],
     latents: dsl.Input[List[dsl.Dataset]],  # noqa: UP006
     text_embeds: dsl.Input[List[dsl.Dataset]],  # noqa: UP006
-    dataset: dsl.Input[dsl.Dataset],
+    pictures: dsl.Input[dsl.Dataset],
     evaluation: dsl.Output[dsl.Artifact],
     report: dsl.Output[dsl.HTML],
     summary: dsl.Output[dsl.Markdown],
@@ -28,7 +28,7 @@ def evaluate(  # noqa: PLR0913 - each artifact travels by its name
         model: What train made.
         latents: What cache_vae made.
         text_embeds: What cache_text_embeds made.
-        dataset: What download_dataset made; read where latents of held-out pictures are not cached.
+        pictures: Those that download_dataset set aside; read where latents of held-out pictures are not cached.
         evaluation: Losses, pictures and report.
         report: One self-contained page.
         summary: The numbers in short.
@@ -42,8 +42,8 @@ def evaluate(  # noqa: PLR0913 - each artifact travels by its name
     from kubetuner.steps.evaluate import evaluate
 
     inputs = [Path(a.path) for a in latents], [Path(a.path) for a in text_embeds]
-    pictures, out = Path(dataset.path), Path(evaluation.path)
-    made = evaluate(EvaluateSection.from_json(section), Path(model.path), *inputs, out, dataset=pictures)
+    folder, out = Path(pictures.path), Path(evaluation.path)
+    made = evaluate(EvaluateSection.from_json(section), Path(model.path), *inputs, out, dataset=folder)
     evaluation.metadata.update(facts(made))
     shutil.copyfile(f"{evaluation.path}/report.html", report.path)
     shutil.copyfile(f"{evaluation.path}/summary.md", summary.path)

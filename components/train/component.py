@@ -14,7 +14,7 @@ def train(
     section: str,
     latents: dsl.Input[List[dsl.Dataset]],  # noqa: UP006
     text_embeds: dsl.Input[List[dsl.Dataset]],  # noqa: UP006
-    dataset: dsl.Input[dsl.Dataset],
+    pictures: dsl.Input[dsl.Dataset],
     model: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
 ) -> None:
@@ -24,7 +24,7 @@ def train(
         section: TrainSection as JSON, from plan.
         latents: What cache_vae made.
         text_embeds: What cache_text_embeds made.
-        dataset: What download_dataset made; read where latents are made while training.
+        pictures: Those that download_dataset set aside; read where latents are made while training.
         model: The trained pipeline or adapter.
         metrics: First and last training loss.
     """
@@ -35,7 +35,7 @@ def train(
     from kubetuner.steps.train import train
 
     inputs = [Path(a.path) for a in latents], [Path(a.path) for a in text_embeds]
-    made = train(TrainSection.from_json(section), *inputs, Path(model.path), dataset=Path(dataset.path))
+    made = train(TrainSection.from_json(section), *inputs, Path(model.path), dataset=Path(pictures.path))
     model.metadata.update(facts(made))
     losses = {"first_loss": made.first_loss, "last_loss": made.last_loss, "steps": made.steps}
     write_metrics(metrics.metadata, Path(metrics.path), losses)

@@ -51,7 +51,7 @@ class LatentMaker:
 
     Args:
         encoder: Encodes.
-        dataset: Folder of the dataset artifact.
+        dataset: Folder of the dataset artifact, or of the pictures set aside by ``download_dataset``.
         rule: What is made of which dataset.
         kept: Where what is to be kept goes; ``None`` to keep nothing.
 
@@ -179,7 +179,7 @@ def latent_maker(
     Args:
         model: Whose VAE encodes.
         latents: Folders of the latents artifacts.
-        dataset: Folder of the dataset artifact.
+        dataset: Folder of the dataset artifact, or of the pictures set aside by ``download_dataset``.
         keep: Put into the store what is to be kept.
 
     Raises:

@@ -54,7 +54,8 @@ def evaluate(
         latents: Folders of the latents artifacts.
         text_embeds: Folders of the text embeds artifacts.
         out: Folder of the evaluation artifact.
-        dataset: Folder of the dataset artifact; read where latents of held-out pictures are not cached.
+        dataset: Folder of the dataset artifact, or of the pictures set aside; read where latents of held-out pictures
+            are not cached.
 
     Raises:
         ArtifactError: An input is missing or damaged, or the model is not of the section's family and type.

@@ -9,7 +9,7 @@ _KEPT = (
     "are encoded when training first comes to them and kept in the store, for which KUBETUNER_STORE must be set "
     "(`kubetuner run` sets it); epochs and runs after that read them"
 )
-_DISABLED = "are encoded at every use, which draws another sample of the VAE's distribution, and not kept"
+_DISABLED = "are made at every use and not kept"
 
 
 def on_demand_remarks(sections: Sections, measured: Sequence[Measured]) -> list[str]:
@@ -26,6 +26,6 @@ def on_demand_remarks(sections: Sections, measured: Sequence[Measured]) -> list[
     size = sections.cache_vae.vae_batch_size
     cost = (
         f"`train` then holds the VAE on its GPU too and encodes {size} pictures at once (`vae_batch_size`), which the "
-        "predicted peak of memory does not count, and reads the pictures, for which its pod downloads the dataset."
+        "predicted peak of memory does not count, and reads the pictures."
     )
     return [*remarks, cost]

@@ -66,7 +66,8 @@ def train(
         latents: Folders of the latents artifacts.
         text_embeds: Folders of the text embeds artifacts.
         out: Folder of the model artifact.
-        dataset: Folder of the dataset artifact; read where ``latents`` leave some to be made while training.
+        dataset: Folder of the dataset artifact, or of the pictures set aside; read where ``latents`` leave some to be
+            made while training.
 
     Raises:
         InputError: More processes are asked for than there are GPUs, or there is no store for what is encoded.

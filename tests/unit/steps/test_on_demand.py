@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kubetuner.artifacts import LatentRow, LatentsArtifact, TextEmbedsArtifact, read_artifact, read_rows
+from kubetuner.artifacts import LatentRow, LatentsArtifact, Sample, TextEmbedsArtifact, read_artifact, read_rows
 from kubetuner.cli.step import run_step
 from kubetuner.config.sections import FamilyName, ModelRef, Sections
 from kubetuner.data import kept_latents
@@ -38,7 +38,7 @@ class Caches:
     """What the steps before ``train`` left."""
 
     sections: Sections
-    dataset: Path
+    dataset: Path  # The pictures set aside.
     latents: Path
     texts: Path
 
@@ -96,10 +96,10 @@ class Place:
         data = [{"caption_strategy": "textfile", **entry} for entry in (*data, *entries)]
         sections = make_plan(config, data, cwd=self.root).sections
         folder = self.root / out
-        download_dataset(sections.download, folder / "dataset")
+        download_dataset(sections.download, folder / "dataset", folder / "pictures")
         cache_vae(sections.cache_vae, folder / "dataset", folder / "latents")
         cache_text_embeds(sections.cache_text_embeds, folder / "dataset", folder / "texts")
-        return Caches(sections, folder / "dataset", folder / "latents", folder / "texts")
+        return Caches(sections, folder / "pictures", folder / "latents", folder / "texts")
 
     def train(self, caches: Caches, out: str, **settings: object) -> bytes:
         """The losses of a run."""
@@ -313,6 +313,22 @@ def test_what_cannot_be_done_is_said(place: Place, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("KUBETUNER_STORE")
     with pytest.raises(InputError, match=r"vae_cache_ondemand keeps .* \(a, held\) in the store, and KUBETUNER_STORE"):
         place.caches("ondemand", ONDEMAND)
+
+
+def test_pictures_that_training_reads_are_set_aside_and_no_others(place: Place) -> None:
+    left = place.caches("left", {}, {"id": "others", "instance_data_dir": "others", **_CROP, **DISABLE})
+    both = place.root / "left"
+
+    def kept(folder: str) -> set[str]:
+        return {path.relative_to(both / folder).as_posix() for path in (both / folder / "files").rglob("*.png")}
+
+    samples = list(read_rows(both / "dataset", "samples.jsonl", Sample))
+    assert kept("pictures") == {sample.file for sample in samples if sample.dataset == "others"}
+    assert kept("dataset") == {sample.file for sample in samples if sample.dataset != "others"}
+    again = left.sections.download.model_copy(update={"on_demand": ()})
+    download_dataset(again, both / "dataset", both / "pictures")
+    assert kept("pictures") == set()
+    assert kept("dataset") == {sample.file for sample in samples}
 
 
 def test_a_damaged_picture_is_named(place: Place) -> None:
