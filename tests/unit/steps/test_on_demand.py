@@ -331,6 +331,26 @@ def test_pictures_that_training_reads_are_set_aside_and_no_others(place: Place) 
     assert kept("dataset") == {sample.file for sample in samples}
 
 
+def test_the_plan_says_what_is_left_to_training(place: Place) -> None:
+    config = {
+        "model_type": "full", "model_family": "sdxl", "pretrained_model_name_or_path": place.base.path,
+        "resolution": 64, "resolution_type": "pixel", "max_train_steps": 1, "train_batch_size": 2,
+    }  # fmt: skip
+    entry = {"caption_strategy": "textfile", "instance_data_dir": "pictures"}
+    cached = make_plan(config, [{**entry, "id": "a"}], cwd=place.root)
+    mixed = make_plan(config, [{**entry, "id": "a"}, {**entry, "id": "b", **DISABLE}], cwd=place.root)
+    kept = make_plan(config, [{**entry, "id": "a"}, {**entry, "id": "b", **ONDEMAND}], cwd=place.root)
+
+    assert "holds the VAE" not in cached.markdown
+    assert (
+        "The latents of `b` (11 pictures) are made at every use and not kept (`vae_cache_disable`)." in mixed.markdown
+    )
+    assert "`train` then holds the VAE on its GPU too" in mixed.markdown
+    assert "kept in the store, for which KUBETUNER_STORE must be set" in kept.markdown
+    assert cached.summary["latents_bytes"] == mixed.summary["latents_bytes"]
+    assert kept.summary["latents_bytes"] == 2 * int(str(cached.summary["latents_bytes"]))
+
+
 def test_a_damaged_picture_is_named(place: Place) -> None:
     left = place.caches("left", DISABLE)
     row = left.made(count=1)[0].rows[0]
