@@ -35,7 +35,7 @@ from kubetuner.steps.train import train
 FAMILIES = ("pixart_sigma", "sdxl", "sana")
 DEMO = Path("pipelines/recipes/demo")
 EDGE, BATCH = 64, 8
-FEW, MANY = 2, 12
+FEW, MANY = 4, 28
 
 
 def main() -> None:
