@@ -1,6 +1,7 @@
 """Pixels to what caches keep of their latents, with the bits that every step gives them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,7 +46,8 @@ class Encoder:
             pixels: uint8 ``[3, H, W]`` of one size, at most ``batch_size`` pictures.
             moments: Give mean and standard deviation instead of a sample.
         """
-        made = {name: one.to(self.dtype).cpu() for name, one in self._encode(keys, pixels, moments).items()}
+        with _products_of_training(self.device):
+            made = {name: one.to(self.dtype).cpu() for name, one in self._encode(keys, pixels, moments).items()}
         finite = torch.stack([one.isfinite().flatten(1).all(1) for one in made.values()]).all(0).tolist()
         return [
             {name: one[place].clone() for name, one in made.items()} if finite[place] else None
@@ -68,7 +70,16 @@ class Encoder:
 def load_encoder(model: ModelRef, dtype: Literal["bf16", "fp32"], batch_size: int) -> Encoder:
     """The model's VAE, on the GPU if there is one."""
     family = load_family(model.family)
-    device, kept = default_device(), torch.bfloat16 if dtype == "bf16" else torch.float32
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # As in train, so that a cache has the bits that train would make.
-    return Encoder(family, family.load_vae(model, device), kept, batch_size)
+    kept = torch.bfloat16 if dtype == "bf16" else torch.float32
+    return Encoder(family, family.load_vae(model, default_device()), kept, batch_size)
+
+
+@contextmanager
+def _products_of_training(device: torch.device) -> Iterator[None]:
+    """Matrix products of float32 as ``train`` has them on a GPU, so that a cache has the bits that it would make."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
