@@ -57,17 +57,18 @@ def finetune(config: dict, data_backend_config: list, num_shards: int = 1) -> Fi
     planned = plan(config=config, data_backend_config=data_backend_config)
     planned.set_caching_options(False)
     sections = planned.outputs
-    pictures = download_dataset(section=sections["download"]).outputs["dataset"]
+    downloaded = download_dataset(section=sections["download"]).outputs
     with dsl.ParallelFor(split(section=sections["cache_vae"], num_shards=num_shards).output) as part:
-        vae = cache_vae(part=part, dataset=pictures)
+        vae = cache_vae(part=part, dataset=downloaded["dataset"])
         vae.set_accelerator_type(ACCELERATOR).set_accelerator_limit(GPUS)
     with dsl.ParallelFor(split(section=sections["cache_text_embeds"], num_shards=num_shards).output) as part:
-        text = cache_text_embeds(part=part, dataset=pictures)
+        text = cache_text_embeds(part=part, dataset=downloaded["dataset"])
         text.set_accelerator_type(ACCELERATOR).set_accelerator_limit(GPUS)
     trained = train(
         section=sections["train"],
         latents=dsl.Collected(vae.outputs["latents"]),
         text_embeds=dsl.Collected(text.outputs["text_embeds"]),
+        pictures=downloaded["pictures"],
     )
     train_here_or_on_nodes(planned, trained)
     judged = evaluate(
@@ -75,6 +76,7 @@ def finetune(config: dict, data_backend_config: list, num_shards: int = 1) -> Fi
         model=trained.outputs["model"],
         latents=dsl.Collected(vae.outputs["latents"]),
         text_embeds=dsl.Collected(text.outputs["text_embeds"]),
+        pictures=downloaded["pictures"],
     )
     judged.set_accelerator_type(ACCELERATOR).set_accelerator_limit(GPUS)
     pushed = push_to_hub(

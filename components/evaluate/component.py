@@ -10,11 +10,12 @@ IMAGE = os.environ.get("KUBETUNER_TRAIN_IMAGE", "ghcr.io/kubetuner/kubetuner-tra
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def evaluate(
+def evaluate(  # noqa: PLR0913 - each artifact travels by its name
     section: str,
     model: dsl.Input[dsl.Model],
     latents: dsl.Input[List[dsl.Dataset]],  # noqa: UP006
     text_embeds: dsl.Input[List[dsl.Dataset]],  # noqa: UP006
+    pictures: dsl.Input[dsl.Dataset],
     evaluation: dsl.Output[dsl.Artifact],
     report: dsl.Output[dsl.HTML],
     summary: dsl.Output[dsl.Markdown],
@@ -27,6 +28,7 @@ def evaluate(
         model: What train made.
         latents: What cache_vae made.
         text_embeds: What cache_text_embeds made.
+        pictures: Those that download_dataset set aside; read where latents of held-out pictures are not cached.
         evaluation: Losses, pictures and report.
         report: One self-contained page.
         summary: The numbers in short.
@@ -40,7 +42,8 @@ def evaluate(
     from kubetuner.steps.evaluate import evaluate
 
     inputs = [Path(a.path) for a in latents], [Path(a.path) for a in text_embeds]
-    made = evaluate(EvaluateSection.from_json(section), Path(model.path), *inputs, Path(evaluation.path))
+    folder, out = Path(pictures.path), Path(evaluation.path)
+    made = evaluate(EvaluateSection.from_json(section), Path(model.path), *inputs, out, dataset=folder)
     evaluation.metadata.update(facts(made))
     shutil.copyfile(f"{evaluation.path}/report.html", report.path)
     shutil.copyfile(f"{evaluation.path}/summary.md", summary.path)

@@ -14,15 +14,17 @@ def train(
     section: str,
     latents: dsl.Input[List[dsl.Dataset]],  # noqa: UP006
     text_embeds: dsl.Input[List[dsl.Dataset]],  # noqa: UP006
+    pictures: dsl.Input[dsl.Dataset],
     model: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
 ) -> None:
-    """Train the denoiser or a LoRA on cached latents and embeddings.
+    """Train the denoiser or a LoRA on latents and embeddings.
 
     Args:
         section: TrainSection as JSON, from plan.
         latents: What cache_vae made.
         text_embeds: What cache_text_embeds made.
+        pictures: Those that download_dataset set aside; read where latents are made while training.
         model: The trained pipeline or adapter.
         metrics: First and last training loss.
     """
@@ -33,7 +35,7 @@ def train(
     from kubetuner.steps.train import train
 
     inputs = [Path(a.path) for a in latents], [Path(a.path) for a in text_embeds]
-    made = train(TrainSection.from_json(section), *inputs, Path(model.path))
+    made = train(TrainSection.from_json(section), *inputs, Path(model.path), dataset=Path(pictures.path))
     model.metadata.update(facts(made))
     losses = {"first_loss": made.first_loss, "last_loss": made.last_loss, "steps": made.steps}
     write_metrics(metrics.metadata, Path(metrics.path), losses)

@@ -111,8 +111,9 @@ class LatentRow(Record):
         crop: (top, left) of the crop in the resized picture, as really cut.
         target_size: (width, height) in pixels of the crop; the bucket.
         bucket: Aspect ratio of the bucket as SimpleTuner names it, such as ``"1.75"``.
-        mask: Content key of its mask, cut like the picture; empty for a picture without one.
+        mask: Content key of its mask, cut like it; empty for a picture without one.
         mask_shard: File name of the mask's shard.
+        picture: :attr:`Sample.file` where the latents are made while training and ``shard`` is empty; else empty.
     """
 
     sample: str
@@ -125,6 +126,7 @@ class LatentRow(Record):
     bucket: str
     mask: str = ""
     mask_shard: str = ""
+    picture: str = ""
 
 
 class TextRow(Record):
@@ -176,17 +178,36 @@ class DatasetArtifact(Artifact):
     skipped: tuple[Skipped, ...] = ()
 
 
+class OnDemand(Record):
+    """How training makes the latents that no shard holds, by the settings of ``cache_vae``.
+
+    Attributes:
+        namespace: Of the store, for those that are kept there.
+        moments: What is kept is the VAE's distribution (``vae_cache_moments``).
+        kept: Ids of the datasets whose latents are kept (``vae_cache_ondemand``); the others' are drawn anew from the
+            VAE's distribution at every use (``vae_cache_disable``).
+    """
+
+    namespace: str
+    dtype: Literal["bf16", "fp32"]
+    batch_size: int
+    moments: bool
+    kept: tuple[str, ...]
+
+
 class LatentsArtifact(Artifact):
     """VAE latents of a dataset. Rows: ``latents.jsonl`` (:class:`LatentRow`).
 
-    A shard holds the tensor ``"<key>.latents"`` for each of its samples.
-    ``encoded`` samples were computed by this run, ``reused`` ones were found in the store.
+    A shard holds the tensor ``"<key>.latents"`` for each of its samples. ``encoded`` samples were computed by this run,
+    ``reused`` ones were found in the store, ``left`` ones are made while training, as ``on_demand`` says.
     """
 
     kind: Literal["latents"] = "latents"
     num_samples: int
     encoded: int
     reused: int
+    left: int = 0
+    on_demand: OnDemand | None = None
     tensors: dict[str, TensorSpec]
     shards: tuple[ShardEntry, ...]
     skipped: tuple[Skipped, ...] = ()

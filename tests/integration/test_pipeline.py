@@ -18,6 +18,8 @@ from pipelines.recipes.demo.models import FAMILIES, build_pipeline, write_pipeli
 
 ROOT = Path(__file__).parents[2]
 ASPECTS = [(128, 128), (192, 128), (128, 192), (150, 131), (256, 128)]
+# When latents are made: by training and kept, by training and not kept, or before it.
+MAKING: dict[str, dict[str, object]] = {"sana": {"vae_cache_ondemand": True}, "sdxl": {"vae_cache_disable": True}}
 PIPELINE_STEPS = {"plan", "download_dataset", "cache_vae", "cache_text_embeds", "train", "evaluate", "push_to_hub"}
 
 
@@ -85,7 +87,8 @@ def test_photographs_become_a_model_that_stock_diffusers_runs(family: str, tmp_p
     photographs(tmp_path / "photos", 10, offset=0)
     (tmp_path / "photos" / "broken.jpg").write_bytes(b"not a picture")
     photographs(tmp_path / "held-out", 4, offset=60)
-    (tmp_path / "config.json").write_text(json.dumps(config_of(family, tmp_path / "base")))
+    config = config_of(family, tmp_path / "base") | MAKING.get(family, {})
+    (tmp_path / "config.json").write_text(json.dumps(config))
     data = [
         dataset("photos", tmp_path / "photos", repeats=3),
         dataset("held-out", tmp_path / "held-out", dataset_type="eval"),
@@ -108,6 +111,7 @@ def test_photographs_become_a_model_that_stock_diffusers_runs(family: str, tmp_p
     assert (out / "report.html").stat().st_size > 1000
     assert (out / "mlflow.db").is_file()
     assert (out / "mlartifacts").is_dir()
+    assert any((out / "store/index").glob("latents-*/*.json")) == ("vae_cache_disable" not in config)
     for drawn in (picture[moment] for picture in summary["images"] for moment in ("before", "after")):
         with Image.open(drawn) as image:
             assert image.size == (64, 128)

@@ -44,6 +44,10 @@ class Request:
             raise InputError(f"--in {name}=FOLDER was given {len(folders)} times; expected once.")
         return folders[0]
 
+    def optional(self, name: str) -> Path | None:
+        """The input called ``name`` where it was given."""
+        return self.one(name) if name in self.inputs else None
+
     def many(self, name: str) -> Sequence[Path]:
         """All inputs called ``name``, at least one."""
         folders = self.inputs.get(name, ())
@@ -133,7 +137,8 @@ def _train(request: Request) -> Artifact:
     from kubetuner.steps.train import train
 
     section = request.parse(TrainSection, "train")
-    return train(section, request.many("latents"), request.many("text_embeds"), request.out)
+    caches, dataset = (request.many("latents"), request.many("text_embeds")), request.optional("dataset")
+    return train(section, *caches, request.out, dataset=dataset)
 
 
 def _evaluate(request: Request) -> Artifact:
@@ -141,7 +146,8 @@ def _evaluate(request: Request) -> Artifact:
     from kubetuner.steps.evaluate import evaluate
 
     section = request.parse(EvaluateSection, "evaluate")
-    return evaluate(section, request.one("model"), request.many("latents"), request.many("text_embeds"), request.out)
+    caches, dataset = (request.many("latents"), request.many("text_embeds")), request.optional("dataset")
+    return evaluate(section, request.one("model"), *caches, request.out, dataset=dataset)
 
 
 def _push_to_hub(request: Request) -> Artifact:

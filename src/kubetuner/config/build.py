@@ -167,6 +167,7 @@ def build_sections(base: Base, data: Data, where: str, cwd: Path, problems: list
                 "datasets": tuple(entry.source for entry in data.pictures),
                 "masks": tuple(entry.masks for entry in data.masks),
                 **values.pick("max_skipped_share"),
+                "on_demand": tuple(one.source.id for one in data.pictures if one.geometry.vae_cache != "ahead"),
             }
         ),
         cache_vae=CacheVaeSection.model_validate(

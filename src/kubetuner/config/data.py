@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from kubetuner.config.caption_sections import DatasetCaptions
+from kubetuner.config.data_caching import read_vae_cache
 from kubetuner.config.data_captions import read_filters, read_shuffle
-from kubetuner.config.data_crops import check_fresh_latents, read_crop
+from kubetuner.config.data_crops import read_crop
 from kubetuner.config.data_keys import MASK_SCHEMA, PICTURE_SCHEMA, TEXT_SCHEMA
 from kubetuner.config.data_masks import MaskData, MaskLinks
 from kubetuner.config.data_parquet import read_caption_table
@@ -221,6 +222,7 @@ def _read_pictures(
     table = read_caption_table(values, str(storage["caption_strategy"]), where, problems, seen.notes)
     sampling = read_sampling(values, where, problems, seen.notes, facts=facts)
     geometry = _geometry(values, run, where, problems, seen.notes)
+    vae_cache = read_vae_cache(values, run, where, problems, seen.notes)
     shuffle = read_shuffle(values, where, run.integer("seed", 42), problems)
     if len(problems) > before or not values.text("id"):
         return None
@@ -244,7 +246,7 @@ def _read_pictures(
     return PictureData(
         where,
         source,
-        DatasetGeometry(id=name, geometry=geometry),
+        DatasetGeometry(id=name, geometry=geometry, vae_cache=vae_cache),
         sampling,
         DatasetCaptions(id=name, shuffle=shuffle),
         repeats_set="repeats" in values,
@@ -302,7 +304,6 @@ def _geometry(values: Values, run: Values, where: str, problems: list[Problem], 
         problems.append(Problem(f"{where}.aspect_bucket_alignment", f"is {alignment}; expected one of {_ALIGNMENTS}."))
     if len(problems) == before:  # sizes in mixed-up units cannot be compared
         _check_maximum(values, both, where, problems)
-    check_fresh_latents(values, run, where, problems, notes)
     chosen = {name: both.get(name) for name in names if both.get(name) is not None}
     return Geometry.model_validate({**chosen, **read_crop(values, where, problems, notes)})
 

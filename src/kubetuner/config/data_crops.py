@@ -93,35 +93,3 @@ def _check_limits(values: Values, square: bool, where: str, problems: list[Probl
             problems.append(Problem(f"{where}.{name}", message))
         else:
             notes.append(f"{where}.`{name}`: it judges buckets, and with square crops all pictures are in bucket 1.0")
-
-
-def check_fresh_latents(values: Values, run: Values, where: str, problems: list[Problem], notes: list[str]) -> None:
-    """``vae_cache_clear_each_epoch``: accepted where another encoding would differ in nothing but what moments hold.
-
-    Args:
-        values: The entry's values.
-        run: Values of ``config.json``, whose key is the entries' default.
-        where: File and index for messages.
-        problems: Receives one entry per fault.
-        notes: Receives what was accepted without effect.
-    """
-    name = "vae_cache_clear_each_epoch"
-    if not (values.flag(name) if name in values else run.flag(name)):
-        return
-    drawn = [key for key in ("crop_style", "crop_aspect") if values.text(key) == "random"]
-    drawn += ["crop_style"] if "crop_style" not in values else []
-    if drawn:
-        message = (
-            f"is true, but pictures are encoded once, before training, and {drawn[0]} random is drawn once. Set it to "
-            "false; vae_cache_moments in config.json draws other latents of the same crop at every use."
-        )
-        problems.append(Problem(f"{where}.{name}", message))
-    elif not run.flag("vae_cache_moments"):
-        message = (
-            "is true, but pictures are encoded once, before training. Set it to false, or vae_cache_moments in "
-            "config.json to true: then every use draws from the VAE's distribution, as another encoding would."
-        )
-        problems.append(Problem(f"{where}.{name}", message))
-    else:
-        reason = "with vae_cache_moments every use draws other latents, as encoding anew would, and nothing is cleared"
-        notes.append(f"{where}.`{name}`: {reason}")

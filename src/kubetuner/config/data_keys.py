@@ -114,8 +114,8 @@ _PICTURES: dict[str, Rule] = {
     "conditioning_type": Foreign("It belongs to the entry with dataset_type conditioning that this one names."),
     "conditioning": Foreign(_GENERATED),
     "vae_cache_clear_each_epoch": Key("bool"),
-    "vae_cache_disable": Later("training without cached latents is", (False,)),
-    "vae_cache_ondemand": Later("encoding latents while training is", (False,)),
+    "vae_cache_disable": Key("bool"),
+    "vae_cache_ondemand": Key("bool"),
     "scan_for_errors": Later("rescanning caches (records are checked as they are read) is", (False,)),
     "delete_unwanted_images": Later("deleting pictures is", (False,)),
     "delete_problematic_images": Later("deleting pictures is", (False,)),
@@ -139,7 +139,9 @@ _MASKS: dict[str, Rule] = {
         "maximum_aspect_ratio", "max_upscale_threshold", "aspect_bucket_alignment", "aspect_bucket_rounding",
     )},
     **{name: Unneeded("str", _LIKE_PICTURES) for name in ("resolution_type", "crop_style", "crop_aspect")},
-    **{name: Unneeded("bool", _LIKE_PICTURES) for name in ("crop", "vae_cache_clear_each_epoch")},
+    **{name: Unneeded("bool", _LIKE_PICTURES) for name in (
+        "crop", "vae_cache_clear_each_epoch", "vae_cache_disable", "vae_cache_ondemand",
+    )},
     "crop_aspect_buckets": Unneeded("json", _LIKE_PICTURES),
     **{name: Unneeded("float", _WITH_PICTURES) for name in ("repeats", "probability", "train_batch_size")},
     **{name: Unneeded("int", _WITH_PICTURES) for name in ("start_epoch", "end_epoch", "start_step", "end_step")},
@@ -157,9 +159,9 @@ _MASKS: dict[str, Rule] = {
     "conditioning": Foreign(_GENERATED),
     "max_num_samples": Foreign("Masks are chosen by their pictures; the limit belongs to the pictures' entry."),
     **{name: _PICTURES[name] for name in (
-        "metadata_backend", "disable_validation", "vae_cache_disable", "vae_cache_ondemand", "scan_for_errors",
-        "delete_unwanted_images", "delete_problematic_images",
-        "override_dataset_config", "metadata_update_interval", "cache_dir", "cache_dir_vae",
+        "metadata_backend", "disable_validation", "scan_for_errors", "delete_unwanted_images",
+        "delete_problematic_images", "override_dataset_config", "metadata_update_interval", "cache_dir",
+        "cache_dir_vae",
     )},
 }  # fmt: skip
 

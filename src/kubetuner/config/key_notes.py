@@ -28,6 +28,7 @@ class Note:
 
 
 _ENTRY = "for entries of the data file that do not say"
+_DRAWN_ANEW = "here every use draws another sample, as with `vae_cache_moments`"
 
 MODEL_NOTES: Mapping[str, Note] = {
     "model_type": Note("train an adapter (`lora`) or the denoiser itself", otherwise="required"),
@@ -65,6 +66,10 @@ MODEL_NOTES: Mapping[str, Note] = {
     "vae_dtype": Note("dtype that latents are stored in", "fp32", differs="there `bf16`, and of the VAE itself"),
     "vae_batch_size": Note("pictures encoded at once", 4),
     "vae_cache_moments": Note("keep the VAE's distribution, and draw another sample each epoch", False, differs="ours"),
+    "vae_cache_disable": Note(
+        "encode pictures while training, at every use, and keep nothing; " + _ENTRY, False, differs=_DRAWN_ANEW
+    ),
+    "vae_cache_ondemand": Note("encode pictures while training, once, into the store; " + _ENTRY, False),
     "vae_cache_clear_each_epoch": Note("new latents each epoch; here `vae_cache_moments` is what does that", False),
     "text_encoder_batch_size": Note("captions encoded at once", 16, differs="there 1"),
 }

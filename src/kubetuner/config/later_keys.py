@@ -35,8 +35,6 @@ LATER: dict[str, Rule] = {
     "t5_padding": Later("zeroed T5 padding is", ("unmodified",)),
     "flow_cubic_schedule_weights": Later("a density through given weights is"),
     "enable_xformers_memory_efficient_attention": Later("this spelling of attention_mechanism 'xformers' is", (False,)),
-    "vae_cache_disable": Later("training without cached latents is", (False,)),
-    "vae_cache_ondemand": Later("encoding latents while training is", (False,)),
     "text_cache_disable": Later("training without cached text embeddings is", (False,)),
     "text_cache_ondemand": Later("encoding captions while training is", (False,)),
     "compress_disk_cache": Later("compression of cached tensors is", (False,)),

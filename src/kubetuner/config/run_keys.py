@@ -56,6 +56,8 @@ MODEL_RULES: dict[str, Rule] = {
     "vae_dtype": Key("str", {"bf16": "bf16", "fp32": "fp32"}, later=frozenset({"fp16"})),
     "vae_batch_size": Key("int", low=1),
     "vae_cache_moments": Key("bool"),
+    "vae_cache_disable": Key("bool"),
+    "vae_cache_ondemand": Key("bool"),
     "text_encoder_batch_size": Key("int", low=1),
 }
 

@@ -30,6 +30,7 @@ from kubetuner.config.text_rounding import TextRounding
 
 FamilyName = Literal["pixart_sigma", "sdxl", "sana"]
 ModelType = Literal["full", "lora"]
+VaeCache = Literal["ahead", "ondemand", "disabled"]
 LrScheduler = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "sine", "polynomial"
 ]
@@ -111,10 +112,16 @@ class Geometry(Section):
 
 
 class DatasetGeometry(Section):
-    """The geometry of one dataset."""
+    """The geometry of one dataset.
+
+    Attributes:
+        vae_cache: When its latents are made: ``ahead`` of training; ``ondemand``, by training, which keeps them in the
+            store; ``disabled``, by training, which keeps none (``vae_cache_ondemand``, ``vae_cache_disable``).
+    """
 
     id: str
     geometry: Geometry
+    vae_cache: VaeCache = "ahead"
 
 
 class CacheVaeSection(Section):

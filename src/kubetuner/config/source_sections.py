@@ -135,8 +135,10 @@ class DownloadSection(Section):
         datasets: Sources, in the order of the data file.
         masks: Sources of masks for some of ``datasets``, at most one for each.
         max_skipped_share: Share of undecodable pictures in 0..1 above which the step fails.
+        on_demand: Ids of the datasets whose pictures training reads (``vae_cache_disable``, ``vae_cache_ondemand``).
     """
 
     datasets: tuple[DatasetSource, ...]
     masks: tuple[MaskSource, ...] = ()
     max_skipped_share: float = 0.1
+    on_demand: tuple[str, ...] = ()

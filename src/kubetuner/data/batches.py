@@ -9,41 +9,22 @@ epoch's shuffle. A bucket that cannot fill one batch is never visited, which the
 import logging
 import math
 import random
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kubetuner.artifacts import (
-    CAPTIONS_FILE,
-    LATENTS_FILE,
-    TEXTS_FILE,
-    CaptionRow,
-    LatentRow,
-    LatentsArtifact,
-    TextEmbedsArtifact,
-    TextRow,
-    read_artifact,
-    verify_files,
-)
+from kubetuner.artifacts import LatentRow
 from kubetuner.config.schedule import stages, weights
 from kubetuner.config.sections import DatasetSampling, TrainSection
-from kubetuner.data.latents import draw_latents, latent_names
-from kubetuner.data.masks import WEIGHTS
-from kubetuner.data.rows import Positions, RowFile
-from kubetuner.data.shards import CachedShards
+from kubetuner.data.encoded_samples import EncodedSamples, Size
+from kubetuner.data.latents import Maker, draw_latents
 from kubetuner.errors import ArtifactError, DatasetError
 
 logger = logging.getLogger(__name__)
 
-Size = tuple[int, int]
-
-# Encoded samples below this size in all stay in memory after their first use. That spares small datasets every read;
-# the shards of large ones are memory-mapped and stay in the page cache as far as there is room.
-MEMORY_BUDGET_BYTES = 256 << 20
 # How far ahead shards are fetched where this machine has room for some of them only.
 BATCHES_AHEAD = 8
 
@@ -91,6 +72,7 @@ class Batches:
         text_embeds: Folders of the text embeds artifacts.
         text_tensors: Names of a caption's tensors.
         processes: How many share an optimizer step; each makes ``gradient_accumulation_steps`` of its batches.
+        maker: Makes the latents that no shard holds; ``None`` where there are none.
 
     Raises:
         ArtifactError: The caches are damaged or were made of different datasets.
@@ -104,9 +86,11 @@ class Batches:
         text_embeds: Sequence[Path],
         text_tensors: Sequence[str],
         processes: int = 1,
+        maker: Maker | None = None,
     ) -> None:
         self._section, self._micro_steps = section, section.gradient_accumulation_steps * processes
-        self._samples = EncodedSamples(latents, text_embeds, text_tensors)
+        self._processes = processes
+        self._samples = EncodedSamples(latents, text_embeds, text_tensors, maker)
         self._buckets = _buckets(section, self._samples)
         self.null = self._samples.text("")
         self._stretches = self._plan_stretches()
@@ -122,6 +106,7 @@ class Batches:
         epoch = stretch.epoch + passed
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._shuffled(stretch, epoch))
+            self._samples.look()
         if self._samples.wants_order:
             self._fetch_ahead(position, index)
         rows = tuple(self._samples.rows[row] for row in self._epoch[1][index])
@@ -129,7 +114,10 @@ class Batches:
         posterior = torch.Generator().manual_seed(
             random.Random(f"{self._section.seed}/latents/{position}").getrandbits(63)
         )
-        latents = torch.stack([self._samples.latents(row, posterior) for row in rows])
+        # The positions of one process are so far apart.
+        following = self._epoch[1][index : index + self._processes * BATCHES_AHEAD : self._processes][1:]
+        tensors = self._samples.latents(rows, [row for batch in following for row in batch])
+        latents = torch.stack([draw_latents(one, posterior) for one in tensors])
         return Batch(rows, latents, texts, self._masks(rows, latents))
 
     def epochs(self, micro_steps: int) -> float:
@@ -211,140 +199,6 @@ class Batches:
             batches += [tuple(shuffled[start : start + size]) for start in range(0, len(rows) - size + 1, size)]
         chance.shuffle(batches)
         return batches
-
-
-class EncodedSamples:
-    """Latents and text embeddings of all shards, by sample and by text; their rows stay on disk.
-
-    Attributes:
-        rows: The samples, by position.
-        groups: Dataset → target size → positions in ``rows``, in the order of the samples' ids.
-
-    Raises:
-        ArtifactError: They are damaged, or made of different datasets.
-    """
-
-    def __init__(self, latents: Sequence[Path], text_embeds: Sequence[Path], text_tensors: Sequence[str]) -> None:
-        self._names = tuple(text_tensors)
-        self._shards = CachedShards()
-        self._latent_names: dict[str, tuple[str, ...]] = {}
-        self._kept: dict[tuple[str, str], dict[str, Tensor]] = {}
-        self._kept_bytes = 0
-        self.rows = RowFile(LatentRow)
-        self.groups: dict[str, dict[Size, list[int]]] = defaultdict(lambda: defaultdict(list))
-        self._captions = RowFile(CaptionRow)
-        self._texts = RowFile(TextRow)
-        parents: dict[str, Path] = {}
-        samples, skipped = self._read_latents(latents, parents)
-        captioned: list[str] = []
-        for folder in text_embeds:
-            embeds = read_artifact(folder, TextEmbedsArtifact)
-            self._open(folder, embeds)
-            parents.setdefault(embeds.parents[0], folder)
-            captioned += [row.sample for _, row in self._captions.add(folder / CAPTIONS_FILE)]
-        files = (folder / TEXTS_FILE for folder in text_embeds)
-        self._text_places = Positions(row.text for file in files for _, row in self._texts.add(file))
-        self._caption_places = Positions(captioned)
-        if len(parents) > 1:
-            folders = " and ".join(str(folder) for folder in parents.values())
-            raise ArtifactError(f"{folders} were made of different datasets; run cache_vae and cache_text_embeds again")
-        _check_pairs(samples, set(captioned), skipped)
-        self._shards.verify()
-
-    def _read_latents(self, folders: Sequence[Path], parents: dict[str, Path]) -> tuple[list[str], set[str]]:
-        """Open the latents; returns the samples' ids by position, and those that were skipped."""
-        samples: list[str] = []
-        skipped: set[str] = set()
-        for folder in folders:
-            artifact = read_artifact(folder, LatentsArtifact)
-            self._open(folder, artifact)
-            self._latent_names.update((shard.file, latent_names(artifact)) for shard in artifact.shards)
-            parents.setdefault(artifact.parents[0], folder)
-            for position, row in self.rows.add(folder / LATENTS_FILE):
-                samples.append(row.sample)
-                self.groups[row.dataset][row.target_size].append(position)
-            skipped |= {skip.name for skip in artifact.skipped}
-        for sizes in self.groups.values():
-            for positions in sizes.values():
-                positions.sort(key=samples.__getitem__)
-        return samples, skipped
-
-    def captions(self, sample: str) -> tuple[str, ...]:
-        """The captions of a sample."""
-        found = (self._captions[position] for position in self._caption_places.of(sample))
-        return next(row.texts for row in found if row.sample == sample)
-
-    def latents(self, row: LatentRow, posterior: torch.Generator) -> Tensor:
-        """The latents of a sample, float32 ``[C, h, w]``; drawn by ``posterior`` where the cache holds moments."""
-        return draw_latents(self._read(row.key, row.shard, self._latent_names[row.shard]), posterior)
-
-    def mask(self, row: LatentRow) -> Tensor:
-        """The mask of a sample that has one, float32 ``[1, h, w]``."""
-        return self._read(row.mask, row.mask_shard, (WEIGHTS,))[WEIGHTS]
-
-    def text(self, text: str) -> dict[str, Tensor]:
-        """The embedding of a caption by tensor name; floating tensors are float32."""
-        row = self._row(text)
-        return self._read(row.key, row.shard, self._names)
-
-    def _row(self, text: str) -> TextRow:
-        found = (self._texts[position] for position in self._text_places.of(text))
-        row = next((row for row in found if row.text == text), None)
-        if row is None:
-            raise ArtifactError(f"no embedding of {text!r}; run cache_text_embeds again")
-        return row
-
-    def renew_claims(self) -> None:
-        """See :meth:`CachedShards.renew_claims`."""
-        self._shards.renew_claims()
-
-    @property
-    def wants_order(self) -> bool:
-        """Whether reading is faster after :meth:`fetch_ahead`."""
-        return self._shards.wants_order
-
-    def fetch_ahead(self, batches: Sequence[Sequence[tuple[int, str]]]) -> None:
-        """Say which samples, each a position in ``rows`` and a caption, the next batches read."""
-        self._shards.fetch_ahead(
-            [{file for row, text in batch for file in self._shards_of(self.rows[row], text)} for batch in batches]
-        )
-
-    def _shards_of(self, row: LatentRow, text: str) -> Iterator[str]:
-        yield from (row.shard, self._row(text).shard)
-        if row.mask:
-            yield row.mask_shard
-
-    def _open(self, folder: Path, artifact: LatentsArtifact | TextEmbedsArtifact) -> None:
-        verify_files(folder, artifact)
-        self._shards.add(folder, artifact.shards)
-
-    def _read(self, key: str, shard: str, names: tuple[str, ...]) -> dict[str, Tensor]:
-        kept = self._kept.get((key, shard))
-        if kept is not None:
-            return kept
-        tensors = {name: _float(tensor) for name, tensor in self._shards.tensors(key, shard, names).items()}
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        if self._kept_bytes + size <= MEMORY_BUDGET_BYTES:
-            self._kept[key, shard] = tensors
-            self._kept_bytes += size
-        return tensors
-
-
-def _float(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _check_pairs(samples: Sequence[str], captioned: set[str], skipped: set[str]) -> None:
-    """Refuse samples that have latents and no caption, or a caption and no latents."""
-    without = [sample for sample in samples if sample not in captioned]
-    if without:
-        raise ArtifactError(f"{len(without)} samples such as {without[0]} have no caption; run cache_text_embeds again")
-    without = sorted(captioned - set(samples) - skipped)
-    if without:
-        raise ArtifactError(
-            f"{len(without)} samples such as {without[0]} have captions and no latents; give the latents of all "
-            "shards, or run cache_vae again"
-        )
 
 
 def _buckets(section: TrainSection, samples: EncodedSamples) -> dict[str, list[list[int]]]:

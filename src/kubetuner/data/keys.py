@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from kubetuner.artifacts import ShardEntry
 
+# A shard of latents is written, and so survives a kill, after this many encoded samples.
+SAMPLES_PER_SHARD = 256
 _NOWHERE = -1
 
 
@@ -43,6 +45,18 @@ class Keys:
         near = np.searchsorted(self._distinct, wanted).clip(max=len(self._distinct) - 1)
         found: NDArray[np.int64] = near[self._distinct[near] == wanted]
         return found
+
+    def lacking(self, keys: Collection[str]) -> NDArray[np.int64]:
+        """As :meth:`numbers`, of those that are in no shard yet."""
+        found = self.numbers(keys)
+        lacking: NDArray[np.int64] = found[self._shard[found] == _NOWHERE]
+        return lacking
+
+    def find(self, key: str) -> ShardEntry | None:
+        """The shard that ``key`` is in; ``None`` where there is none, or no such key."""
+        for number in self.numbers([key]):
+            return None if self._shard[number] == _NOWHERE else self._shards[self._shard[number]]
+        return None
 
     def put(self, numbers: NDArray[np.int64], shard: ShardEntry) -> None:
         """Note that these keys are in ``shard``; what was noted of them before is forgotten."""

@@ -1,14 +1,31 @@
 """Cached latents: one sample of the VAE's distribution, or its moments to draw from anew."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
 
-from kubetuner.artifacts import LatentsArtifact
+from kubetuner.artifacts import LatentRow, LatentsArtifact
 
 SAMPLE = ("latents",)
 MOMENTS = ("mean", "std")
+
+
+class Maker(Protocol):
+    """Makes latents that no shard holds; see :mod:`kubetuner.families.on_demand`."""
+
+    def tensors(self, rows: Sequence[LatentRow], coming: Sequence[LatentRow] = ()) -> list[dict[str, Tensor]]:
+        """Per row its sample or moments; ``coming`` rows are asked for next."""
+        ...
+
+    def look(self) -> None:
+        """Find what other processes have made."""
+        ...
+
+    def renew_claims(self) -> None:
+        """Keep what is stored from being collected as garbage."""
+        ...
 
 
 def latent_names(artifact: LatentsArtifact) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ Every way in applies the EXIF orientation, so width and height mean what a perso
 on white; 16-bit pictures keep their upper 8 bits. Only what ends in tensors needs torch.
 """
 
+import hashlib
 import io
 import struct
 import zlib
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, UnidentifiedImageError
 
 from kubetuner.data.geometry import Placement
-from kubetuner.errors import DatasetError
+from kubetuner.errors import ArtifactError, DatasetError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -172,6 +173,18 @@ def to_bytes(image: Image.Image, placement: Placement) -> "Tensor":
         image = image.crop((left, top, left + width, top + height))
     rows = np.frombuffer(image.tobytes(), np.uint8).reshape(height, width, 3)
     return torch.from_numpy(np.array(rows.transpose(2, 0, 1), order="C"))
+
+
+def read_pixels(path: Path, sha256: str, sample: str, placement: Placement) -> "Tensor":
+    """As :func:`to_bytes`, of the file ``path``; the bytes that are decoded are the ones that were hashed.
+
+    Raises:
+        ArtifactError: The picture is not there, or is not what ``sha256`` says; names it as ``sample``.
+    """
+    data = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ArtifactError(f"{path}, the picture of {sample}, is missing or damaged; run download_dataset again")
+    return to_bytes(decode_picture(data, path), placement)
 
 
 def to_floats(colours: "Tensor") -> "Tensor":

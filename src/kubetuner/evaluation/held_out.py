@@ -24,6 +24,7 @@ from kubetuner.data.latents import draw_latents, key_generator, latent_names
 from kubetuner.data.shards import CachedShards
 from kubetuner.errors import ArtifactError
 from kubetuner.families.base import Named
+from kubetuner.families.on_demand import latent_maker
 
 # Where a sample's latents are: their row and the tensors' names.
 _Place = tuple[LatentRow, tuple[str, ...]]
@@ -66,25 +67,29 @@ class _Texts:
 
     def tensors(self, shards: CachedShards, text: str, names: Sequence[str]) -> Named:
         row = self.row(text)
-        tensors = shards.tensors(row.key, row.shard, names)
-        return {name: _single(tensor) for name, tensor in tensors.items()}
+        return _floats(shards.tensors(row.key, row.shard, names))
 
 
 def read_held_out(
-    section: EvaluateSection, latents: Sequence[Path], text_embeds: Sequence[Path], text_tensors: Sequence[str]
+    section: EvaluateSection,
+    latents: Sequence[Path],
+    text_embeds: Sequence[Path],
+    text_tensors: Sequence[str],
+    dataset: Path | None = None,
 ) -> HeldOut | None:
     """Up to ``num_eval_images`` samples of each of ``eval_datasets``; ``None`` when there are none.
 
-    Samples are chosen by the hash of their id: the same ones in every run, spread over the dataset.
+    Samples are chosen by the hash of their id: the same ones in every run, spread over the dataset. Those whose latents
+    are not cached are encoded here, of the pictures in ``dataset``.
 
     Raises:
-        ArtifactError: A sample has no caption, or a caption no embedding.
+        ArtifactError: A sample has no caption, a caption no embedding, or there is no usable picture to encode.
     """
     shards = CachedShards()
     places = [place for place in _latent_rows(latents, shards) if place[0].dataset in section.eval_datasets]
     chosen: list[_Place] = []
-    for dataset in dict.fromkeys(section.eval_datasets):
-        ranked = sorted((p for p in places if p[0].dataset == dataset), key=lambda p: _rank(p[0].sample))
+    for name in dict.fromkeys(section.eval_datasets):
+        ranked = sorted((p for p in places if p[0].dataset == name), key=lambda p: _rank(p[0].sample))
         chosen.extend(ranked[: section.num_eval_images])
     if not chosen:
         return None
@@ -95,12 +100,27 @@ def read_held_out(
                 f"{row.sample} has latents and no caption in the text embeds; were both made of one dataset?"
             )
     captions = [texts.captions[row.sample][0] for row, _ in chosen]
-    shards.verify({row.shard for row, _ in chosen} | {texts.row(text).shard for text in ("", *captions)})
+    cached = {row.shard for row, _ in chosen if row.shard}
+    shards.verify(cached | {texts.row(text).shard for text in ("", *captions)})
+    made = _encode(section, latents, dataset, [row for row, _ in chosen if not row.shard])
     samples = []
     for (row, names), caption in zip(chosen, captions, strict=True):
-        drawn = draw_latents(shards.tensors(row.key, row.shard, names), key_generator(row.key))
+        tensors = shards.tensors(row.key, row.shard, names) if row.shard else made[row.sample]
+        drawn = draw_latents(tensors, key_generator(row.key))
         samples.append(HeldOutSample(row, drawn, texts.tensors(shards, caption, text_tensors)))
     return HeldOut(tuple(samples), texts.tensors(shards, "", text_tensors))
+
+
+def _encode(
+    section: EvaluateSection, latents: Sequence[Path], dataset: Path | None, rows: Sequence[LatentRow]
+) -> dict[str, Named]:
+    """Sample → its latents or their moments, of those that no shard holds."""
+    if not rows:
+        return {}
+    with latent_maker(section.model, latents, dataset, keep=False) as maker:
+        assert maker is not None  # A row without a shard says that latents are made.
+        made = maker.tensors(rows)
+    return {row.sample: _floats(tensors) for row, tensors in zip(rows, made, strict=True)}
 
 
 def _latent_rows(folders: Sequence[Path], shards: CachedShards) -> Iterator[_Place]:
@@ -125,6 +145,10 @@ def _read_texts(folders: Sequence[Path], shards: CachedShards) -> _Texts:
 
 def _rank(sample: str) -> str:
     return hashlib.sha256(sample.encode()).hexdigest()
+
+
+def _floats(tensors: Named) -> Named:
+    return {name: _single(tensor) for name, tensor in tensors.items()}
 
 
 def _single(tensor: Tensor) -> Tensor:

@@ -1,11 +1,10 @@
 """The ``cache_vae`` step: pictures of a dataset artifact in, VAE latents out."""
 
-import hashlib
 import logging
 import os
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -21,8 +20,8 @@ from kubetuner.artifacts import (
     SAMPLES_FILE,
     LatentRow,
     LatentsArtifact,
+    OnDemand,
     Sample,
-    ShardEntry,
     Skipped,
     TensorSpec,
     describe_file,
@@ -31,26 +30,21 @@ from kubetuner.artifacts import (
 )
 from kubetuner.config.sections import CacheVaeSection
 from kubetuner.data.geometry import LeftOut, Placement, place
-from kubetuner.data.keys import Keys
-from kubetuner.data.pictures import decode_picture, to_bytes, to_floats
+from kubetuner.data.keys import SAMPLES_PER_SHARD, Keys
+from kubetuner.data.pictures import read_pixels
 from kubetuner.data.rows import RowFile
 from kubetuner.digests import fingerprint
-from kubetuner.errors import ArtifactError
 from kubetuner.progress import Progress
 from kubetuner.steps.allocation import keep_freed_memory
 from kubetuner.steps.cache_masks import CachedMasks, cache_masks
 from kubetuner.steps.download_dataset import read_dataset
-from kubetuner.store import Store, resolve_store
+from kubetuner.store import Store, require_store, resolve_store
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from kubetuner.families.base import Family
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# A shard is written, and so survives a kill, after this many encoded samples.
-SAMPLES_PER_SHARD = 256
 MAX_THREADS = 8
 NOT_FINITE = "the VAE gave latents that are not finite; remove the picture, or choose another VAE if there are many"
 
@@ -70,13 +64,19 @@ def cache_vae(
     """Encode the samples ``shard``, ``shard + num_shards``, … of ``dataset`` that the store does not know yet.
 
     A latent's key is made of the picture's bytes, its geometry, the encoder, the dtype and the seed (not for moments,
-    which are not drawn); its posterior noise is drawn from that key, and batches are always full (:func:`_encode`). So
-    neither other pictures nor the number of shards change a bit of it.
+    which are not drawn); its posterior noise is drawn from that key, and batches are always full
+    (:class:`~kubetuner.families.encoding.Encoder`). So neither other pictures nor the number of shards change a bit.
+
+    Pictures of datasets whose latents are made while training are placed and not encoded: their rows name no shard.
 
     Raises:
         ArtifactError: ``dataset`` is incomplete or damaged.
+        InputError: Latents are to be kept while training (``vae_cache_ondemand``), and there is no store to keep them.
     """
     from kubetuner.tracking import track
+
+    kept = [entry.id for entry in section.datasets if entry.vae_cache == "ondemand"]
+    require_store(kept)
 
     (out / ARTIFACT_FILE).unlink(missing_ok=True)
     with track("cache_vae", {"model_family": section.model.family, "shard": f"{shard} of {num_shards}"}) as run:
@@ -96,13 +96,14 @@ def _cache(section: CacheVaeSection, dataset: Path, out: Path, part: tuple[int, 
         samples.keys.put(numbers, entry)
     encoded = _encode(section, store, namespace, samples, dataset)
     masks = cache_masks(section, store, dataset, samples.masked)
-    skipped = samples.left_out.copy()
+    skipped, left = samples.left_out.copy(), samples.online
     out.mkdir(parents=True, exist_ok=True)
     count = write_rows(out, LATENTS_FILE, _rows(samples, masks, skipped))
     skips = tuple(skipped[position] for position in sorted(skipped))
     for skip in skips:
         logger.warning("skipped %s: %s", skip.name, skip.reason)
-    logger.info("latents: %d reused, %d encoded, %d skipped", count - encoded, encoded, len(skips))
+    said = f", {left} left to training" if left else ""
+    logger.info("latents: %d reused, %d encoded, %d skipped%s", count - left - encoded, encoded, len(skips), said)
     shards = samples.keys.shards()
     tensors = {name: TensorSpec(dtype=section.dtype, shape=shape) for name, shape in store.shapes(shards).items()}
     return LatentsArtifact(
@@ -111,10 +112,22 @@ def _cache(section: CacheVaeSection, dataset: Path, out: Path, part: tuple[int, 
         files=(describe_file(out, LATENTS_FILE),),
         num_samples=count,
         encoded=encoded,
-        reused=count - encoded,
+        reused=count - left - encoded,
+        left=left,
+        on_demand=_on_demand(section, namespace) if left else None,
         tensors=tensors | masks.tensors(),
         shards=(*shards, *masks.shards()),
         skipped=skips,
+    )
+
+
+def _on_demand(section: CacheVaeSection, namespace: str) -> OnDemand:
+    return OnDemand(
+        namespace=namespace,
+        dtype=section.dtype,
+        batch_size=section.vae_batch_size,
+        moments=section.vae_cache_moments,
+        kept=tuple(entry.id for entry in section.datasets if entry.vae_cache == "ondemand"),
     )
 
 
@@ -122,18 +135,21 @@ class _Samples:
     """The samples ``shard``, ``shard + num_shards``, … of a dataset; memory holds about 80 bytes of each.
 
     Attributes:
-        keys: Content keys of those that are to be encoded, in the dataset's order.
+        keys: Content keys of those that are to be encoded here, in the dataset's order.
         left_out: Those that a limit leaves out, by position in the dataset.
     """
 
     def __init__(self, section: CacheVaeSection, dataset: Path, shard: int, num_shards: int) -> None:
         self._section = section
         self._geometries = {entry.id: entry.geometry for entry in section.datasets}
+        self._made_online = {entry.id for entry in section.datasets if entry.vae_cache != "ahead"}
+        self._disabled = {entry.id for entry in section.datasets if entry.vae_cache == "disabled"}
         self._identity = section.model.vae_identity()
         self._rows = RowFile(Sample)
         self._positions = array("I")
         self._sizes = array("Q")
         self._masked = array("I")
+        self._online = array("I")
         self.left_out: dict[int, Skipped] = {}
         mine = (
             (position, sample)
@@ -143,22 +159,28 @@ class _Samples:
         self.keys = Keys(self._add(mine))
 
     def _add(self, samples: Iterable[tuple[int, Sample]]) -> Iterator[str]:
-        """Take in samples by their position in the dataset; yields the keys of those that no limit leaves out."""
+        """Take in samples by their position in the dataset; yields the keys of those that are to be encoded here."""
         for position, sample in samples:
             placement = self._place(sample)
             if isinstance(placement, LeftOut):
                 self.left_out[position] = Skipped(name=sample.id, reason=placement.reason)
                 continue
-            width, height = placement.target_size
             if sample.mask:
-                self._masked.append(len(self._positions))
+                self._masked.append(position)
+            if sample.dataset in self._made_online:
+                self._online.append(position)
+                continue
+            width, height = placement.target_size
             self._positions.append(position)
             self._sizes.append(width << 32 | height)
-            yield fingerprint(
-                sample.sha256, placement.intermediary_size, placement.crop, placement.target_size,
-                self._identity, self._section.dtype,
-                "moments" if self._section.vae_cache_moments else self._section.seed,
-            )  # fmt: skip
+            yield self._key(sample, placement)
+
+    def _key(self, sample: Sample, placement: Placement) -> str:
+        moments = self._section.vae_cache_moments or sample.dataset in self._disabled
+        return fingerprint(
+            sample.sha256, placement.intermediary_size, placement.crop, placement.target_size,
+            self._identity, self._section.dtype, "moments" if moments else self._section.seed,
+        )  # fmt: skip
 
     def _place(self, sample: Sample) -> Placement | LeftOut:
         name = sample.id.removeprefix(f"{sample.dataset}/")
@@ -173,14 +195,26 @@ class _Samples:
         return self._positions[index]
 
     def __getitem__(self, index: int) -> _Placed:
-        sample = self._rows[self._positions[index]]
+        return self._placed(self._positions[index], self.keys[index])
+
+    def _placed(self, position: int, key: str = "") -> _Placed:
+        sample = self._rows[position]
         placement = self._place(sample)
         assert isinstance(placement, Placement)  # It was one when the sample was taken in.
-        return _Placed(sample, placement, self.keys[index])
+        return _Placed(sample, placement, key or self._key(sample, placement))
+
+    @property
+    def online(self) -> int:
+        """How many are left for training to encode."""
+        return len(self._online)
+
+    def left(self) -> Iterator[_Placed]:
+        """Those that are left for training to encode."""
+        return (self._placed(position) for position in self._online)
 
     def masked(self) -> Iterator[_Placed]:
         """Those with a mask."""
-        return (self[index] for index in self._masked)
+        return (self._placed(position) for position in self._masked)
 
     def missing(self) -> NDArray[np.int64]:
         """One sample for each key that is in no shard, those of one target size together."""
@@ -189,44 +223,36 @@ class _Samples:
 
 
 def _rows(samples: _Samples, masks: CachedMasks, skipped: dict[int, Skipped]) -> Iterator[LatentRow]:
-    """The rows of the samples that are encoded; the others are added to ``skipped`` by position in the dataset."""
+    """The rows of the samples; those that cannot be encoded are added to ``skipped`` by position in the dataset."""
     for index in range(len(samples)):
         item, shard = samples[index], samples.keys.shard(index)
         if shard is None:
             skipped[samples.position(index)] = Skipped(name=item.sample.id, reason=NOT_FINITE)
         else:
-            yield _row(item, shard).model_copy(update=masks.of(item))
+            yield _row(item, shard.file).model_copy(update=masks.of(item))
+    for item in samples.left():
+        yield _row(item, "").model_copy(update=masks.of(item) | {"picture": item.sample.file})
 
 
 def _encode(section: CacheVaeSection, store: Store, namespace: str, samples: _Samples, dataset: Path) -> int:
-    """Encode the missing samples and note their shards; returns how many have finite latents.
-
-    Kernels are chosen by the shape of a whole batch, so the last bits of a picture's latents depend on how many are
-    encoded together, though not on which. Therefore every batch is filled up to ``vae_batch_size``.
-    """
+    """Encode the missing samples and note their shards; returns how many have finite latents."""
     missing = samples.missing()
     if not len(missing):
         return 0
     import torch
 
-    from kubetuner.families import load_family
-    from kubetuner.families.loading import default_device
+    from kubetuner.families.encoding import load_encoder
 
     keep_freed_memory()
-    device = default_device()
-    family = load_family(section.model.family)
-    vae = family.load_vae(section.model, device)
-    dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32
+    encoder = load_encoder(section.model, section.dtype, section.vae_batch_size)
     encoded = 0
     ready: dict[str, dict[str, Tensor]] = {}
     with Progress("cache_vae", len(missing), "pictures") as progress, torch.inference_mode():
         pictures = _read_ahead(dataset, (samples[index] for index in missing))
         for batch in _batches(pictures, section.vae_batch_size):
-            made = {name: one.to(dtype).cpu() for name, one in _encode_batch(section, family, vae, batch).items()}
-            finite = torch.stack([one.isfinite().flatten(1).all(1) for one in made.values()]).all(0).tolist()
-            for place, (item, _) in enumerate(batch):
-                if finite[place]:
-                    ready[item.key] = {name: one[place] for name, one in made.items()}
+            keys, pixels = [item.key for item, _ in batch], [one for _, one in batch]
+            made = encoder.encode(keys, pixels, moments=section.vae_cache_moments)
+            ready |= {key: tensors for key, tensors in zip(keys, made, strict=True) if tensors is not None}
             if len(ready) >= SAMPLES_PER_SHARD:
                 encoded += _write(store, namespace, samples.keys, ready)
                 ready = {}
@@ -248,25 +274,6 @@ def _batches(pictures: "Iterator[tuple[_Placed, Tensor]]", size: int) -> "Iterat
             yield batch
 
 
-def _encode_batch(
-    section: CacheVaeSection, family: "Family", vae: "nn.Module", batch: "Sequence[tuple[_Placed, Tensor]]"
-) -> "dict[str, Tensor]":
-    """What the cache keeps, on the VAE's device; the batch is filled up with its last picture."""
-    import torch
-
-    from kubetuner.data.latents import MOMENTS, SAMPLE, key_generator
-
-    device = next(vae.parameters()).device
-    full = [*batch, *[batch[-1]] * (section.vae_batch_size - len(batch))]
-    # Whole bytes travel: a quarter of what floats would be.
-    pixels = to_floats(torch.stack([one for _, one in full]).to(device))
-    if section.vae_cache_moments:
-        return dict(zip(MOMENTS, family.encode_moments(vae, pixels), strict=True))
-    shape = family.latent_shape(vae, pixels.shape[2], pixels.shape[3])
-    noise = torch.stack([torch.randn(shape, generator=key_generator(item.key)) for item, _ in full])
-    return {SAMPLE[0]: family.encode_pixels(vae, pixels, noise.to(device))}
-
-
 def _read_ahead(dataset: Path, items: Iterable[_Placed]) -> "Iterator[tuple[_Placed, Tensor]]":
     """Each item with its pixels (uint8), in order; meanwhile threads prepare those that follow."""
     threads = min(MAX_THREADS, os.cpu_count() or 1)
@@ -285,22 +292,15 @@ def _read_ahead(dataset: Path, items: Iterable[_Placed]) -> "Iterator[tuple[_Pla
 
 
 def _pixels(dataset: Path, item: _Placed) -> "Tensor":
-    """The item's pixels, uint8; the bytes that are decoded are the ones that were hashed."""
-    path = dataset / item.sample.file
-    data = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(data).hexdigest() != item.sample.sha256:
-        raise ArtifactError(
-            f"{path}, the picture of {item.sample.id}, is missing or damaged; run download_dataset again"
-        )
-    return to_bytes(decode_picture(data, path), item.placement)
+    return read_pixels(dataset / item.sample.file, item.sample.sha256, item.sample.id, item.placement)
 
 
-def _row(item: _Placed, shard: ShardEntry) -> LatentRow:
+def _row(item: _Placed, shard: str) -> LatentRow:
     return LatentRow(
         sample=item.sample.id,
         dataset=item.sample.dataset,
         key=item.key,
-        shard=shard.file,
+        shard=shard,
         intermediary_size=item.placement.intermediary_size,
         crop=item.placement.crop,
         target_size=item.placement.target_size,

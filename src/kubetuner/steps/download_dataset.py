@@ -75,8 +75,14 @@ class _Picture:
         return f"{self.dataset}/{os.fsencode(self.item.name).decode('utf-8', 'backslashreplace')}"
 
 
-def download_dataset(section: DownloadSection, out: Path) -> DatasetArtifact:
+def download_dataset(section: DownloadSection, out: Path, pictures: Path | None = None) -> DatasetArtifact:
     """Write the pictures and captions of ``section.datasets`` to ``out`` as a dataset artifact.
+
+    Args:
+        section: What to fetch.
+        out: Folder of the artifact.
+        pictures: Another folder for the pictures that training reads, ``section.on_demand``, under the same names and
+            with the same ``artifact.json``: so that no other step has to fetch what only one needs. Default: ``out``.
 
     Raises:
         DatasetError: A source cannot be read or is empty, or more than ``max_skipped_share`` of a dataset's pictures
@@ -84,11 +90,15 @@ def download_dataset(section: DownloadSection, out: Path) -> DatasetArtifact:
     """
     from kubetuner.tracking import track
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / ARTIFACT_FILE).unlink(missing_ok=True)
+    folders = _Folders(out, pictures or out, frozenset(section.on_demand))
+    for folder in folders.all:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ARTIFACT_FILE).unlink(missing_ok=True)
     with track("download_dataset", {"datasets": ", ".join(source.id for source in section.datasets)}) as run:
-        artifact = _download(section, out)
+        artifact = _download(section, folders)
         run.log_metrics({"samples": artifact.num_samples, "skipped": len(artifact.skipped)}, 0)
+    if pictures is not None:
+        write_artifact(pictures, artifact.model_copy(update={"files": ()}))
     write_artifact(out, artifact)
     logger.info("download_dataset: %d samples, %d skipped", artifact.num_samples, len(artifact.skipped))
     return artifact
@@ -106,21 +116,39 @@ def read_dataset(folder: Path) -> DatasetArtifact:
     return source
 
 
-def _download(section: DownloadSection, out: Path) -> DatasetArtifact:
+@dataclass(frozen=True)
+class _Folders:
+    """Where files go: rows, masks and most pictures to ``out``, those of the datasets ``on_demand`` to ``pictures``."""
+
+    out: Path
+    pictures: Path
+    on_demand: frozenset[str]
+
+    @property
+    def all(self) -> tuple[Path, Path]:
+        return self.out, self.pictures
+
+    def of(self, dataset: str) -> Path:
+        """The folder of a dataset's pictures."""
+        return self.pictures if dataset in self.on_demand else self.out
+
+
+def _download(section: DownloadSection, folders: _Folders) -> DatasetArtifact:
+    out = folders.out
     skipped: list[tuple[str, Skipped]] = []
-    others = {path for path in (out / FILES_FOLDER).rglob("*") if path.is_file()}
+    others = {path for folder in folders.all for path in (folder / FILES_FOLDER).rglob("*") if path.is_file()}
     with ExitStack() as stack:
         origins = _list(section, stack)
         taken = _Taken(stack.enter_context(tempfile.TemporaryFile(dir=out)))
         progress = Progress("download_dataset", sum(len(origin.items) for origin in origins), "pictures")
         stack.enter_context(progress)
-        for picture, result in zip(_pictures(origins), _take_all(origins, out), strict=True):
+        for picture, result in zip(_pictures(origins), _take_all(origins, folders), strict=True):
             if isinstance(result, Skipped):
                 logger.warning("skipped %s: %s", on_one_line(result.name), result.reason)
                 skipped.append((picture.dataset, result))
                 taken.add(None)
             else:
-                others -= {out / result.file, out / result.mask}
+                others -= {folders.of(result.dataset) / result.file, out / result.mask}
                 taken.add(result)
             progress.advance(note=f"{len(skipped)} skipped" if skipped else "")
         _judge(section, origins, skipped)
@@ -202,13 +230,13 @@ def _in_order(origins: Sequence[_Origin], taken: _Taken) -> Iterator[Sample]:
         before += len(items)
 
 
-def _take_all(origins: Sequence[_Origin], out: Path) -> Iterator[Sample | Skipped]:
+def _take_all(origins: Sequence[_Origin], folders: _Folders) -> Iterator[Sample | Skipped]:
     """Take in every picture on several threads, in order."""
     readers = max(origin.source.readers for origin in origins)
-    return in_threads(lambda picture: _take(picture, out), _pictures(origins), readers, "download")
+    return in_threads(lambda picture: _take(picture, folders), _pictures(origins), readers, "download")
 
 
-def _take(picture: _Picture, out: Path) -> Sample | Skipped:
+def _take(picture: _Picture, folders: _Folders) -> Sample | Skipped:
     """Check one picture, and its mask, and copy their bytes; the bytes hashed are the ones that were decoded."""
     try:
         origin = picture.origin
@@ -219,8 +247,8 @@ def _take(picture: _Picture, out: Path) -> Sample | Skipped:
         mask = take_mask(origin.masks, picture.item, (info.width, info.height)) if origin.masks else None
     except (CaptionError, PictureError, ItemError) as error:
         return Skipped(name=picture.id, reason=error.reason)
-    file, digest = _keep(out, data, info.extension)
-    kept = {} if mask is None else {"mask": _keep(out, mask.data, mask.extension)[0], "mask_kind": mask.kind}
+    file, digest = _keep(folders.of(picture.dataset), data, info.extension)
+    kept = {} if mask is None else {"mask": _keep(folders.out, mask.data, mask.extension)[0], "mask_kind": mask.kind}
     sample = Sample(
         id=picture.id,
         dataset=picture.dataset,

@@ -28,6 +28,7 @@ from kubetuner.errors import ArtifactError
 
 if TYPE_CHECKING:
     from kubetuner.evaluation.compare import Comparison
+    from kubetuner.evaluation.held_out import HeldOut
     from kubetuner.evaluation.report import Findings, StepLine, TrainPoint
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,13 @@ SUMMARY_FILE = "summary.md"
 
 
 def evaluate(
-    section: EvaluateSection, model: Path, latents: Sequence[Path], text_embeds: Sequence[Path], out: Path
+    section: EvaluateSection,
+    model: Path,
+    latents: Sequence[Path],
+    text_embeds: Sequence[Path],
+    out: Path,
+    *,
+    dataset: Path | None = None,
 ) -> EvaluationArtifact:
     """Measure the evaluation loss, draw and score validation pictures, and write ``report.html`` and ``summary.md``.
 
@@ -47,6 +54,8 @@ def evaluate(
         latents: Folders of the latents artifacts.
         text_embeds: Folders of the text embeds artifacts.
         out: Folder of the evaluation artifact.
+        dataset: Folder of the dataset artifact, or of the pictures set aside; read where latents of held-out pictures
+            are not cached.
 
     Raises:
         ArtifactError: An input is missing or damaged, or the model is not of the section's family and type.
@@ -62,7 +71,8 @@ def evaluate(
     with track("evaluate", params) as run:
         with tempfile.TemporaryDirectory(prefix="kubetuner-model-") as scratch:
             located = locate_trained(model, trained, Path(scratch))
-            comparison = _compare(section, located.folder, latents, text_embeds, out)
+            held_out = _held_out(section, latents, text_embeds, dataset)
+            comparison = _compare(section, located.folder, held_out, out)
         steps = _step_lines(trained, latents, text_embeds)
         notes = _notes(section, comparison, located.note)
         findings = _findings(section, trained, comparison, (steps, notes), model, out)
@@ -108,19 +118,21 @@ def _check(section: EvaluateSection, trained: ModelArtifact, model: Path) -> Non
         )
 
 
-def _compare(
-    section: EvaluateSection, weights: Path, latents: Sequence[Path], text_embeds: Sequence[Path], out: Path
-) -> "Comparison":
-
-    from kubetuner.evaluation.compare import compare
+def _held_out(
+    section: EvaluateSection, latents: Sequence[Path], text_embeds: Sequence[Path], dataset: Path | None
+) -> "HeldOut | None":
     from kubetuner.evaluation.held_out import read_held_out
     from kubetuner.families import load_family
-    from kubetuner.families.loading import default_device
 
     names = load_family(section.model.family).facts.text_tensors
-    held_out = read_held_out(section, latents, text_embeds, names)
-    device = default_device()
-    return compare(section, weights, held_out, device, out)
+    return read_held_out(section, latents, text_embeds, names, dataset)
+
+
+def _compare(section: EvaluateSection, weights: Path, held_out: "HeldOut | None", out: Path) -> "Comparison":
+    from kubetuner.evaluation.compare import compare
+    from kubetuner.families.loading import default_device
+
+    return compare(section, weights, held_out, default_device(), out)
 
 
 def _step_lines(trained: ModelArtifact, latents: Sequence[Path], text_embeds: Sequence[Path]) -> tuple["StepLine", ...]:
@@ -129,8 +141,9 @@ def _step_lines(trained: ModelArtifact, latents: Sequence[Path], text_embeds: Se
     lines = []
     for folder in latents:
         cached = read_artifact(folder, LatentsArtifact)
-        skipped = f", {len(cached.skipped)} skipped" if cached.skipped else ""
-        result = f"{cached.num_samples} pictures: {cached.encoded} encoded, {cached.reused} reused{skipped}"
+        others = (("left to training", cached.left), ("skipped", len(cached.skipped)))
+        more = "".join(f", {count} {what}" for what, count in others if count)
+        result = f"{cached.num_samples} pictures: {cached.encoded} encoded, {cached.reused} reused{more}"
         lines.append(StepLine("cache_vae", result, cached.fingerprint))
     for folder in text_embeds:
         texts = read_artifact(folder, TextEmbedsArtifact)

@@ -24,6 +24,7 @@ from kubetuner.steps.plan_machinery import library_problems, store_problems, tra
 from kubetuner.steps.plan_masks import PlannedMasks, open_masks
 from kubetuner.steps.plan_memory import Forecast, forecast
 from kubetuner.steps.plan_models import resolve_models
+from kubetuner.steps.plan_on_demand import on_demand_remarks
 from kubetuner.steps.plan_page import page
 
 
@@ -76,7 +77,7 @@ def make_plan(
     problems.extend(_alignment_problems(sections, run))
     problems.extend(library_problems(sections.train, sections.cache_text_embeds.rounding))
     problems.extend(store_problems())
-    problems.extend(trainjob_problems(sections.train))
+    problems.extend(trainjob_problems(sections.train, sections.cache_vae))
     if problems:
         raise ConfigError(problems)
     sections = _resolve_repeats(_resolve_datasets(sections, measured, masks), measured)
@@ -84,7 +85,7 @@ def make_plan(
     costs = estimate(sections, measured)
     found = forecast(sections, measured) if predict_memory else None
     summary = _summary(sections, measured, epoch, costs, found)
-    remarks = [*raised, *in_steps, *masks.remarks(run.data.masks)]
+    remarks = [*raised, *in_steps, *masks.remarks(run.data.masks), *on_demand_remarks(sections, measured)]
     return Plan(sections, page(run, sections, measured, epoch, costs, remarks, found), summary, run)
 
 

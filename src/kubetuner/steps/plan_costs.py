@@ -24,7 +24,7 @@ class Costs:
     """Sizes in bytes.
 
     Attributes:
-        latents_bytes: Latents of all datasets.
+        latents_bytes: Latents of all datasets that keep theirs.
         text_embeds_bytes: At most, with one caption per picture; captions that agree are stored once and padding is
             trimmed.
         parameters: Of the denoiser.
@@ -45,6 +45,7 @@ def estimate(sections: Sections, measured: Sequence[Measured]) -> Costs:
     floats = sum(
         channels * (width // factor) * (height // factor)
         for one in measured
+        if one.entry.geometry.vae_cache != "disabled"
         for sizes in one.buckets.values()
         for width, height in sizes
     )

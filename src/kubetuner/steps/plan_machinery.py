@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from kubetuner.config.attention import PACKAGES, is_installed
 from kubetuner.config.compilation import missing_compiler
 from kubetuner.config.precision import missing_library
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections import CacheVaeSection, TrainSection
 from kubetuner.config.text_rounding import TextRounding
 from kubetuner.config.trainjob import TRAINJOB_VARIABLE, no_trainjob, trainjob_settings
 from kubetuner.errors import ArtifactError, InputError, Problem
@@ -44,7 +44,7 @@ def library_problems(train: TrainSection, text: TextRounding) -> list[Problem]:
     return problems
 
 
-def trainjob_problems(train: TrainSection) -> list[Problem]:
+def trainjob_problems(train: TrainSection, caching: CacheVaeSection) -> list[Problem]:
     """What is missing for training on several machines, or wrong with how the environment describes them."""
     try:
         settings = trainjob_settings()
@@ -53,7 +53,10 @@ def trainjob_problems(train: TrainSection) -> list[Problem]:
     if settings is None:
         told = no_trainjob(train.num_machines).removeprefix("num_machines ")
         return [Problem("config.json.num_machines", told)] if train.num_machines > 1 else []
-    return [Problem(TRAINJOB_VARIABLE, problem) for problem in settings.unseen()]
+    message = "makes latents while training, which the nodes of a TrainJob cannot do yet; let cache_vae make them."
+    made_there = [entry.id for entry in caching.datasets if entry.vae_cache != "ahead"]
+    problems = [Problem(f"dataset {name!r}", message) for name in made_there]
+    return problems + [Problem(TRAINJOB_VARIABLE, problem) for problem in settings.unseen()]
 
 
 def store_problems() -> list[Problem]:

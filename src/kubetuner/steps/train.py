@@ -1,4 +1,4 @@
-"""The ``train`` step: from cached latents and text embeddings to a trained model."""
+"""The ``train`` step: from latents, cached or made meanwhile, and text embeddings to a trained model."""
 
 import logging
 import math
@@ -6,6 +6,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ from kubetuner.digests import fingerprint
 from kubetuner.errors import InputError, TrainingError
 
 if TYPE_CHECKING:
+    from kubetuner.data.latents import Maker
     from kubetuner.tracking import Run
     from kubetuner.training.checkpoints import LossPoint
     from kubetuner.training.loop import Job, Outcome
@@ -47,7 +49,14 @@ _TRACKED_PARAMS = (
 _TRACKED_GROUPS = ("loss", "noise", "timestep_bias", "flow", "rollout", "ema", "fsdp", "compilation")
 
 
-def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[Path], out: Path) -> ModelArtifact:
+def train(
+    section: TrainSection,
+    latents: Sequence[Path],
+    text_embeds: Sequence[Path],
+    out: Path,
+    *,
+    dataset: Path | None = None,
+) -> ModelArtifact:
     """Train and save a pipeline (full, BitFit too, in ``out/pipeline``) or an adapter (lora, in ``out``).
 
     Goes on from the latest complete checkpoint of the same settings and inputs. Checkpoints are in the folder
@@ -61,9 +70,12 @@ def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[
         latents: Folders of the latents artifacts.
         text_embeds: Folders of the text embeds artifacts.
         out: Folder of the model artifact.
+        dataset: Folder of the dataset artifact, or of the pictures set aside; read where ``latents`` leave some to be
+            made while training.
 
     Raises:
-        InputError: More processes are asked for than there are GPUs, or more machines and nobody says where.
+        InputError: More processes are asked for than there are GPUs, more machines and nobody says where, or there is
+            no store for what is encoded.
         ArtifactError: An input is missing or damaged.
         TrainingError: A loss was not finite, a checkpoint cannot be used, the saved adapter does not load, or one of
             several processes died.
@@ -78,11 +90,27 @@ def train(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[
         return train_in_job(section, latents, text_embeds, out, machines)
     count = wanted_processes(section)
     if count > 1:
-        request = WorkerRequest(section=section, latents=tuple(latents), text_embeds=tuple(text_embeds), out=out)
+        request = WorkerRequest(
+            section=section, latents=tuple(latents), text_embeds=tuple(text_embeds), out=out, dataset=dataset
+        )
         launch(WORKER_MODULE, request.model_dump_json(), count)
         return read_artifact(out, ModelArtifact)
     with joined(section) as processes:
-        return _train(section, latents, text_embeds, out, processes)
+        return _train(section, Inputs(tuple(latents), tuple(text_embeds), dataset), out, processes)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Folders of the artifacts before this step; ``dataset`` is read where latents are made while training."""
+
+    latents: tuple[Path, ...]
+    text_embeds: tuple[Path, ...]
+    dataset: Path | None
+
+    def fingerprints(self) -> list[str]:
+        """Of what decides the result."""
+        made = [read_artifact(folder, LatentsArtifact).fingerprint for folder in self.latents]
+        return made + [read_artifact(folder, TextEmbedsArtifact).fingerprint for folder in self.text_embeds]
 
 
 def _other_machines(section: TrainSection) -> TrainJobSettings | None:
@@ -102,12 +130,12 @@ class WorkerRequest(Record):
     latents: tuple[Path, ...]
     text_embeds: tuple[Path, ...]
     out: Path
+    dataset: Path | None = None
 
 
-def _train(
-    section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[Path], out: Path, processes: "Processes"
-) -> ModelArtifact:
+def _train(section: TrainSection, inputs: Inputs, out: Path, processes: "Processes") -> ModelArtifact:
     """What each process does; the first one writes, and what it made is what all return."""
+    from kubetuner.families.on_demand import latent_maker
     from kubetuner.tracking import track
     from kubetuner.training.checkpoints import Checkpoints
     from kubetuner.training.loop import train_denoiser
@@ -117,14 +145,14 @@ def _train(
     limit_threads()
     if section.fsdp is not None and processes.count == 1:
         logger.warning("fsdp_enable has no effect: there is one process, so nothing is shared out")
-    parents = [read_artifact(folder, LatentsArtifact).fingerprint for folder in latents]
-    parents += [read_artifact(folder, TextEmbedsArtifact).fingerprint for folder in text_embeds]
+    parents = inputs.fingerprints()
     out.mkdir(parents=True, exist_ok=True)
     key = fingerprint("train", section.deciding_with(processes.count), *parents)
     checkpoints = Checkpoints(*_checkpoints(section, parents, out, processes), section.checkpoints_total_limit)
     with track("train", _params(section, processes.count)) as run:
-        job = _job(section, latents, text_embeds, processes)
-        outcome = train_denoiser(job, checkpoints, run.log_metrics)
+        with latent_maker(section.model, inputs.latents, inputs.dataset, keep=True) as maker:
+            job = _job(section, inputs, processes, maker)
+            outcome = train_denoiser(job, checkpoints, run.log_metrics)
         job = gathered(job)
         artifact = _write(job, outcome, out, run, key, parents) if processes.first else None
     if artifact is not None:
@@ -185,7 +213,7 @@ def _write(job: "Job", outcome: "Outcome", out: Path, run: "Run", key: str, pare
     )
 
 
-def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[Path], processes: "Processes") -> "Job":
+def _job(section: TrainSection, inputs: Inputs, processes: "Processes", maker: "Maker | None") -> "Job":
     """Load the denoiser and open the caches."""
     import torch
 
@@ -203,7 +231,8 @@ def _job(section: TrainSection, latents: Sequence[Path], text_embeds: Sequence[P
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     family = load_family(section.model.family)
-    batches = Batches(section, latents, text_embeds, family.facts.text_tensors, processes.count)
+    tensors = family.facts.text_tensors
+    batches = Batches(section, inputs.latents, inputs.text_embeds, tensors, processes.count, maker)
     process = family.noise_process(section.model, section.process())
     bf16 = section.mixed_precision == "bf16"
     regularising = frozenset(dataset.id for dataset in section.datasets if dataset.is_regularisation_data)

@@ -24,7 +24,7 @@ def main(folder: Path) -> int:
     threading.Thread(target=_end_with_the_launcher, daemon=True).start()
     request = WorkerRequest.model_validate_json((folder / ARGUMENT_FILE).read_bytes())
     try:
-        train(request.section, request.latents, request.text_embeds, request.out)
+        train(request.section, request.latents, request.text_embeds, request.out, dataset=request.dataset)
     except KubetunerError as error:
         report(folder, rank, error)
         return 2 if isinstance(error, InputError) else 1

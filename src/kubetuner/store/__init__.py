@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import ValidationError
 
 from kubetuner.artifacts import Record, ShardEntry
-from kubetuner.errors import ArtifactError
+from kubetuner.errors import ArtifactError, InputError
 from kubetuner.store.files import INDEX, SHARDS, DamagedError, Files, Lease, Stored
 from kubetuner.store.folder import Folder
 
@@ -266,6 +266,19 @@ def open_store(address: str) -> Store:
 def store_address(artifact_folder: Path) -> str:
     """What ``KUBETUNER_STORE`` says; without it, the artifact's own folder."""
     return os.environ.get(STORE_VARIABLE, "") or str(artifact_folder)
+
+
+def require_store(kept: Collection[str]) -> None:
+    """Refuse to train without a store where the latents of the datasets ``kept`` go to it.
+
+    Raises:
+        InputError: They would be lost with the folder of another step.
+    """
+    if kept and not os.environ.get(STORE_VARIABLE, ""):
+        raise InputError(
+            f"vae_cache_ondemand keeps what is encoded while training ({', '.join(kept)}) in the store, and "
+            f"{STORE_VARIABLE} is not set; set it to a folder or gs://bucket/prefix, or use vae_cache_disable."
+        )
 
 
 def resolve_store(artifact_folder: Path) -> Store:

@@ -353,3 +353,21 @@ def test_latents_that_are_drawn_anew_need_no_clearing() -> None:
             moments,
             [image(**clearing, crop=True, crop_style="center", crop_aspect="random", crop_aspect_buckets=[1.0])],
         )
+
+
+def test_when_latents_are_made_is_the_entrys_or_else_the_runs() -> None:
+    entries = [
+        image(id="a"),
+        image(id="b", vae_cache_disable=True),
+        image(id="c", vae_cache_ondemand=False),
+        image(id="d", vae_cache_disable=True, vae_cache_clear_each_epoch=True, crop_style="center"),
+    ]
+    run = load(CONFIG | {"vae_cache_ondemand": True, "vae_cache_moments": True}, entries)
+    found = [entry.vae_cache for entry in run.sections.cache_vae.datasets]
+    assert found == ["ondemand", "disabled", "ahead", "disabled"]
+    notes = "\n".join(run.notes)
+    assert "[1].`vae_cache_moments`: with vae_cache_disable every use draws another sample anyway" in notes
+    assert "[3].`vae_cache_clear_each_epoch`: with vae_cache_disable pictures are encoded at every use" in notes
+    whole = load(CONFIG | {"vae_cache_disable": True}, [image(id="a"), image(id="b", vae_cache_disable=False)])
+    assert [entry.vae_cache for entry in whole.sections.cache_vae.datasets] == ["disabled", "ahead"]
+    assert not whole.notes

@@ -214,7 +214,7 @@ def test_accepted_keys(key, value, read, monkeypatch) -> None:
         ("validation_preview", "yes", "expected true or false"),
         ("attention_mechanism", "sageattention", "no backward pass"),
         ("attention_mechanism", "flex", "not available yet"),
-        ("vae_cache_disable", True, "not available yet"),
+        ("text_cache_disable", True, "not available yet"),
         ("gradient_checkpointing_interval", 0, "at least 1"),
         ("report_to", "wandb", "tracked with MLflow"),
         ("mixed_precision", "fp16", "not available yet"),

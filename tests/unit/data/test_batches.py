@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kubetuner.artifacts import LatentsArtifact, read_artifact, write_artifact
 from kubetuner.config.sections import DatasetSampling, ModelRef, TrainSection
-from kubetuner.data import batches as module
+from kubetuner.data import encoded_samples
 from kubetuner.data.batches import Batch, Batches
 from kubetuner.errors import ArtifactError, DatasetError
 from tests.unit.data.conftest import Encoded, encoded, write_latents, write_texts
@@ -189,7 +189,7 @@ def test_texts_come_with_their_sample_and_as_float32(tmp_path: Path) -> None:
 
 def test_a_small_memory_changes_nothing(caches: tuple[list[Path], list[Path]], monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Batches(_section(), *caches, NAMES)
-    monkeypatch.setattr(module, "MEMORY_BUDGET_BYTES", 700)  # Two samples and a few texts.
+    monkeypatch.setattr(encoded_samples, "MEMORY_BUDGET_BYTES", 700)  # Two samples and a few texts.
     read = Batches(_section(), *caches, NAMES)
 
     for step in range(30):

@@ -114,7 +114,7 @@ def test_a_mirror_that_holds_two_shards_is_enough(
     monkeypatch.setenv("KUBETUNER_STORE_CACHE", str(mirror))
     largest = max(shard.bytes for shard in shards(caches))
     monkeypatch.setenv("KUBETUNER_STORE_CACHE_GIB", str(2.1 * largest / 2**30))
-    monkeypatch.setattr("kubetuner.data.batches.MEMORY_BUDGET_BYTES", 0)
+    monkeypatch.setattr("kubetuner.data.encoded_samples.MEMORY_BUDGET_BYTES", 0)
     (place.root / "one" / "model").rename(place.root / "first-model")
     assert place.train("one")[1] == whole
     assert sum(path.stat().st_size for path in mirror.iterdir()) <= 2.1 * largest

@@ -1,0 +1,58 @@
+"""The keys of a picture entry that say when its latents are made."""
+
+from kubetuner.config.keys import Values
+from kubetuner.config.sections import VaeCache
+from kubetuner.errors import Problem
+
+
+def read_vae_cache(values: Values, run: Values, where: str, problems: list[Problem], notes: list[str]) -> VaeCache:
+    """``vae_cache_disable`` and ``vae_cache_ondemand``, which the former implies; and what clearing would mean.
+
+    Args:
+        values: The entry's values.
+        run: Values of ``config.json``, whose keys are the entries' defaults.
+        where: File and index for messages.
+        problems: Receives one entry per fault.
+        notes: Receives what was accepted without effect.
+    """
+    disabled = _flag(values, run, "vae_cache_disable")
+    moments = run.flag("vae_cache_moments")
+    fresh = "with vae_cache_moments every use draws other latents, as encoding anew would" if moments else ""
+    fresh = "with vae_cache_disable pictures are encoded at every use" if disabled else fresh
+    _check_fresh(values, run, where, problems, notes, fresh)
+    if disabled and moments:
+        reason = "with vae_cache_disable every use draws another sample anyway, and nothing is kept"
+        notes.append(f"{where}.`vae_cache_moments`: {reason}")
+    return "disabled" if disabled else "ondemand" if _flag(values, run, "vae_cache_ondemand") else "ahead"
+
+
+def _flag(values: Values, run: Values, name: str) -> bool:
+    return values.flag(name) if name in values else run.flag(name)
+
+
+def _check_fresh(
+    values: Values, run: Values, where: str, problems: list[Problem], notes: list[str], fresh: str
+) -> None:
+    """``vae_cache_clear_each_epoch``: accepted where every use gives what clearing would.
+
+    ``fresh`` says why it does; it is empty where it does not.
+    """
+    name = "vae_cache_clear_each_epoch"
+    if not _flag(values, run, name):
+        return
+    drawn = [key for key in ("crop_style", "crop_aspect") if values.text(key) == "random"]
+    drawn += ["crop_style"] if "crop_style" not in values else []
+    if drawn:
+        message = (
+            f"is true, but pictures are encoded once, before training, and {drawn[0]} random is drawn once. Set it to "
+            "false; vae_cache_moments in config.json draws other latents of the same crop at every use."
+        )
+        problems.append(Problem(f"{where}.{name}", message))
+    elif not fresh:
+        message = (
+            "is true, but pictures are encoded once, before training. Set it to false, or vae_cache_moments in "
+            "config.json to true: then every use draws from the VAE's distribution, as another encoding would."
+        )
+        problems.append(Problem(f"{where}.{name}", message))
+    else:
+        notes.append(f"{where}.`{name}`: {fresh}, and nothing is cleared")

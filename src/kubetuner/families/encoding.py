@@ -1,0 +1,85 @@
+"""Pixels to what caches keep of their latents, with the bits that every step gives them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kubetuner.config.sections import ModelRef
+from kubetuner.data.latents import MOMENTS, SAMPLE, key_generator
+from kubetuner.data.pictures import to_floats
+from kubetuner.families import load_family
+from kubetuner.families.base import Family, Named
+from kubetuner.families.loading import default_device
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A VAE and how it is asked.
+
+    Kernels are chosen by the shape of a whole batch, so the last bits of a picture's latents depend on how many are
+    encoded together, though not on which. Therefore every batch is filled up to ``batch_size``.
+
+    Attributes:
+        dtype: Of what it makes.
+        batch_size: Pictures encoded at once (``vae_batch_size``).
+    """
+
+    family: Family
+    vae: nn.Module
+    dtype: torch.dtype
+    batch_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the VAE is."""
+        return next(self.vae.parameters()).device
+
+    def encode(self, keys: Sequence[str], pixels: Sequence[Tensor], *, moments: bool) -> list[Named | None]:
+        """Per picture its tensors on the CPU, ``None`` where they are not finite.
+
+        Args:
+            keys: Content keys; the posterior's noise is drawn from them.
+            pixels: uint8 ``[3, H, W]`` of one size, at most ``batch_size`` pictures.
+            moments: Give mean and standard deviation instead of a sample.
+        """
+        with _products_of_training(self.device):
+            made = {name: one.to(self.dtype).cpu() for name, one in self._encode(keys, pixels, moments).items()}
+        finite = torch.stack([one.isfinite().flatten(1).all(1) for one in made.values()]).all(0).tolist()
+        return [
+            {name: one[place].clone() for name, one in made.items()} if finite[place] else None
+            for place in range(len(keys))
+        ]
+
+    def _encode(self, keys: Sequence[str], pixels: Sequence[Tensor], moments: bool) -> Named:
+        """For a full batch, on the VAE's device; it is filled up with the last picture."""
+        missing = self.batch_size - len(keys)
+        # Whole bytes travel: a quarter of what floats would be.
+        full = to_floats(torch.stack([*pixels, *[pixels[-1]] * missing]).to(self.device))
+        if moments:
+            return dict(zip(MOMENTS, self.family.encode_moments(self.vae, full), strict=True))
+        shape = self.family.latent_shape(self.vae, full.shape[2], full.shape[3])
+        noise = [torch.randn(shape, generator=key_generator(key)) for key in keys]
+        noises = torch.stack([*noise, *[noise[-1]] * missing])
+        return {SAMPLE[0]: self.family.encode_pixels(self.vae, full, noises.to(self.device))}
+
+
+def load_encoder(model: ModelRef, dtype: Literal["bf16", "fp32"], batch_size: int) -> Encoder:
+    """The model's VAE, on the GPU if there is one."""
+    family = load_family(model.family)
+    kept = torch.bfloat16 if dtype == "bf16" else torch.float32
+    return Encoder(family, family.load_vae(model, default_device()), kept, batch_size)
+
+
+@contextmanager
+def _products_of_training(device: torch.device) -> Iterator[None]:
+    """Matrix products of float32 as ``train`` has them on a GPU, so that a cache has the bits that it would make."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
