@@ -15,8 +15,9 @@ from kubetuner.config.data_masks import MaskData, MaskLinks
 from kubetuner.config.data_parquet import read_caption_table
 from kubetuner.config.data_sampling import Epochs, read_epochs, read_sampling
 from kubetuner.config.data_sources import flatten_hub, read_storage
+from kubetuner.config.geometry_sections import DatasetGeometry, Geometry
 from kubetuner.config.keys import Values, plain_name, read
-from kubetuner.config.sections import DatasetGeometry, DatasetSampling, Geometry
+from kubetuner.config.sections import DatasetSampling
 from kubetuner.config.source_sections import DatasetSource
 from kubetuner.errors import Problem
 

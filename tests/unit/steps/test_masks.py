@@ -13,15 +13,8 @@ from PIL import Image
 
 from kubetuner.artifacts import LatentRow, LatentsArtifact, ModelArtifact, Sample, TensorSpec, read_rows
 from kubetuner.config.adapter_sections import LoraSettings
-from kubetuner.config.sections import (
-    CacheTextSection,
-    CacheVaeSection,
-    DatasetGeometry,
-    DatasetSampling,
-    Geometry,
-    ModelRef,
-    TrainSection,
-)
+from kubetuner.config.geometry_sections import DatasetGeometry, Geometry
+from kubetuner.config.sections import CacheTextSection, CacheVaeSection, DatasetSampling, ModelRef, TrainSection
 from kubetuner.config.source_sections import DatasetSource, DownloadSection, MaskSource
 from kubetuner.data.batches import Batches
 from kubetuner.data.geometry import Placement
