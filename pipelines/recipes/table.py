@@ -8,7 +8,7 @@ from pathlib import Path
 from kubetuner.config.load import load, read_json
 from kubetuner.config.models import OUTLINES
 from kubetuner.config.sections import TrainSection
-from kubetuner.steps.plan_memory import GIB, smallest_card
+from kubetuner.steps.planning.memory import GIB, smallest_card
 from kubetuner.training.memory_prediction import Predictor, Shapes
 
 FOLDER = Path(__file__).parent

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from kubetuner.errors import ArtifactError, InputError
-from kubetuner.steps.plan_page import amount
+from kubetuner.steps.planning.page import amount
 from kubetuner.store import STORE_VARIABLE, Store, open_store
 from kubetuner.storekeeping import (
     DAY,

@@ -20,7 +20,7 @@ from kubetuner.data.masks import WEIGHTS, to_weights
 from kubetuner.digests import fingerprint
 from kubetuner.errors import ArtifactError
 from kubetuner.sources.threads import in_threads
-from kubetuner.steps.plan_costs import vae_shape
+from kubetuner.steps.planning.costs import vae_shape
 from kubetuner.store import Store
 
 if TYPE_CHECKING:

@@ -9,9 +9,8 @@ from pathlib import Path
 from kubetuner.config.load import RunConfig, load
 from kubetuner.config.sections import Sections
 from kubetuner.errors import ConfigError, Problem
-from kubetuner.steps.oversubscription import oversubscribe
-from kubetuner.steps.plan_costs import Costs, estimate, vae_shape
-from kubetuner.steps.plan_datasets import (
+from kubetuner.steps.planning.costs import Costs, estimate, vae_shape
+from kubetuner.steps.planning.datasets import (
     Measured,
     bucket_problems,
     drawn_per_epoch,
@@ -19,13 +18,14 @@ from kubetuner.steps.plan_datasets import (
     steps_per_epoch,
     unreadable_problems,
 )
-from kubetuner.steps.plan_epochs import schedule_epochs
-from kubetuner.steps.plan_machinery import library_problems, store_problems, trainjob_problems
-from kubetuner.steps.plan_masks import PlannedMasks, open_masks
-from kubetuner.steps.plan_memory import Forecast, forecast
-from kubetuner.steps.plan_models import resolve_models
-from kubetuner.steps.plan_on_demand import on_demand_remarks
-from kubetuner.steps.plan_page import page
+from kubetuner.steps.planning.epochs import schedule_epochs
+from kubetuner.steps.planning.machinery import library_problems, store_problems, trainjob_problems
+from kubetuner.steps.planning.masks import PlannedMasks, open_masks
+from kubetuner.steps.planning.memory import Forecast, forecast
+from kubetuner.steps.planning.models import resolve_models
+from kubetuner.steps.planning.on_demand import on_demand_remarks
+from kubetuner.steps.planning.oversubscription import oversubscribe
+from kubetuner.steps.planning.page import page
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from kubetuner.config.precision import missing_library
 from kubetuner.config.sections import CacheTextSection, ModelRef, Sections
 from kubetuner.config.text_rounding import TextRounding
 from kubetuner.errors import ConfigError
-from kubetuner.steps.plan_machinery import library_problems
+from kubetuner.steps.planning.machinery import library_problems
 
 DATA = [{"id": "a", "instance_data_dir": "a", "resolution": 512, "resolution_type": "pixel"}]
 SDXL = {"model_type": "lora", "model_family": "sdxl", "max_train_steps": 1}

@@ -10,7 +10,7 @@ from PIL import Image
 from kubetuner.config.sections import ModelRef
 from kubetuner.errors import InputError
 from kubetuner.steps.plan import Plan, make_plan
-from kubetuner.steps.plan_memory import CARD, GIB, smallest_card
+from kubetuner.steps.planning.memory import CARD, GIB, smallest_card
 
 CONFIG = {"model_type": "full", "train_batch_size": 4, "max_train_steps": 10, "gradient_checkpointing": False}
 
@@ -104,7 +104,8 @@ def test_why_nothing_is_predicted(plan, bases, tmp_path, monkeypatch) -> None:
     assert "Not predicted: transformer/config.json of nobody/has-this cannot be read" in shown
     assert "activations come on top" in shown
     find = importlib.util.find_spec
-    monkeypatch.setattr("kubetuner.steps.plan_memory.find_spec", lambda name: None if name == "torch" else find(name))
+    hidden = "kubetuner.steps.planning.memory.find_spec"
+    monkeypatch.setattr(hidden, lambda name: None if name == "torch" else find(name))
     one = plan()
     assert "Not predicted: torch is not installed here; kubetuner[train] has it." in one.markdown
     assert one.summary["peak_memory_bytes"] is None

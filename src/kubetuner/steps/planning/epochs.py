@@ -11,7 +11,7 @@ from itertools import pairwise
 from kubetuner.config.data_sampling import Epochs
 from kubetuner.config.sections import TrainSection
 from kubetuner.errors import Problem
-from kubetuner.steps.plan_datasets import Measured, drawn_per_epoch
+from kubetuner.steps.planning.datasets import Measured, drawn_per_epoch
 
 
 def schedule_epochs(

@@ -15,8 +15,8 @@ from kubetuner.config.optimizers import OPTIMIZERS
 from kubetuner.config.precision import unroundable
 from kubetuner.config.sections import Sections, TrainSection
 from kubetuner.errors import InputError
-from kubetuner.steps.plan_costs import vae_shape
-from kubetuner.steps.plan_datasets import Measured, kept_buckets
+from kubetuner.steps.planning.costs import vae_shape
+from kubetuner.steps.planning.datasets import Measured, kept_buckets
 
 if TYPE_CHECKING:
     from kubetuner.training.memory_prediction import Memory

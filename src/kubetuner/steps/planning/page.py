@@ -7,10 +7,10 @@ from kubetuner.config.load import RunConfig
 from kubetuner.config.schedule import stages, weights
 from kubetuner.config.sections import Sections, TrainSection
 from kubetuner.errors import on_one_line
-from kubetuner.steps.plan_costs import Costs
-from kubetuner.steps.plan_datasets import Measured, drawn_per_epoch, kept_buckets
-from kubetuner.steps.plan_memory import Forecast
-from kubetuner.steps.plan_memory_page import memory_section
+from kubetuner.steps.planning.costs import Costs
+from kubetuner.steps.planning.datasets import Measured, drawn_per_epoch, kept_buckets
+from kubetuner.steps.planning.memory import Forecast
+from kubetuner.steps.planning.memory_page import memory_section
 
 _NAMED = 10
 

@@ -11,7 +11,7 @@ from kubetuner.errors import DatasetError, Problem, on_one_line
 from kubetuner.sources.base import Item, Listing, Source, named
 from kubetuner.sources.switch import located, open_source
 from kubetuner.sources.threads import in_threads
-from kubetuner.steps.plan_datasets import Size, size_of
+from kubetuner.steps.planning.datasets import Size, size_of
 
 _NAMED = 5
 

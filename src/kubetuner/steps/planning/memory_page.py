@@ -2,7 +2,7 @@
 
 import json
 
-from kubetuner.steps.plan_memory import CARD, GIB, USABLE, Forecast, Option, smallest_card
+from kubetuner.steps.planning.memory import CARD, GIB, USABLE, Forecast, Option, smallest_card
 
 _NOTHING = (
     "Nothing tried here fits. What is left: smaller pictures (`resolution`), `model_type` lora instead of full, a "

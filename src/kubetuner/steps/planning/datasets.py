@@ -63,7 +63,7 @@ class Measured:
 
 
 class Masks(Protocol):
-    """The masks of a dataset's pictures; see :mod:`kubetuner.steps.plan_masks`."""
+    """The masks of a dataset's pictures; see :mod:`kubetuner.steps.planning.masks`."""
 
     def look(self, pictures: Sequence[Item]) -> None:
         """Find and measure the masks of ``pictures``."""

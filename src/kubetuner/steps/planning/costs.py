@@ -12,7 +12,7 @@ from kubetuner.config.models import OUTLINES
 from kubetuner.config.optimizers import OPTIMIZERS
 from kubetuner.config.precision import BYTES
 from kubetuner.config.sections import ModelRef, Sections
-from kubetuner.steps.plan_datasets import Measured
+from kubetuner.steps.planning.datasets import Measured
 
 # float32 weights and gradients.
 _FULL_BYTES = 8

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kubetuner.config.sections import TrainSection
-from kubetuner.steps.plan_datasets import Measured
+from kubetuner.steps.planning.datasets import Measured
 
 
 def oversubscribe(measured: Sequence[Measured], train: TrainSection) -> tuple[list[Measured], list[str]]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from kubetuner.config.sections import Sections
-from kubetuner.steps.plan_datasets import Measured
+from kubetuner.steps.planning.datasets import Measured
 
 _KEPT = (
     "are encoded when training first comes to them and kept in the store, for which KUBETUNER_STORE must be set "
