@@ -1,12 +1,13 @@
 """What a run's machinery needs: libraries, and a store that can be used."""
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 from kubetuner.config.attention import PACKAGES, is_installed
 from kubetuner.config.compilation import missing_compiler
 from kubetuner.config.precision import missing_library
-from kubetuner.config.sections import CacheVaeSection, TrainSection
+from kubetuner.config.sections import TrainSection
 from kubetuner.config.text_rounding import TextRounding
 from kubetuner.config.trainjob import TRAINJOB_VARIABLE, no_trainjob, trainjob_settings
 from kubetuner.errors import ArtifactError, InputError, Problem
@@ -44,8 +45,13 @@ def library_problems(train: TrainSection, text: TextRounding) -> list[Problem]:
     return problems
 
 
-def trainjob_problems(train: TrainSection, caching: CacheVaeSection) -> list[Problem]:
-    """What is missing for training on several machines, or wrong with how the environment describes them."""
+def trainjob_problems(train: TrainSection, on_demand: Sequence[str]) -> list[Problem]:
+    """What is missing for training on several machines, or wrong with how the environment describes them.
+
+    Args:
+        train: Says how many machines.
+        on_demand: Entries of the data file (file and place) whose latents are made while training.
+    """
     try:
         settings = trainjob_settings()
     except InputError as error:
@@ -54,8 +60,7 @@ def trainjob_problems(train: TrainSection, caching: CacheVaeSection) -> list[Pro
         told = no_trainjob(train.num_machines).removeprefix("num_machines ")
         return [Problem("config.json.num_machines", told)] if train.num_machines > 1 else []
     message = "makes latents while training, which the nodes of a TrainJob cannot do yet; let cache_vae make them."
-    made_there = [entry.id for entry in caching.datasets if entry.vae_cache != "ahead"]
-    problems = [Problem(f"dataset {name!r}", message) for name in made_there]
+    problems = [Problem(where, message) for where in on_demand]
     return problems + [Problem(TRAINJOB_VARIABLE, problem) for problem in settings.unseen()]
 
 
