@@ -10,7 +10,7 @@ from kubetuner.config.caption_sections import DatasetCaptions
 from kubetuner.config.data_caching import read_vae_cache
 from kubetuner.config.data_captions import read_filters, read_shuffle
 from kubetuner.config.data_crops import read_crop
-from kubetuner.config.data_keys import MASK_SCHEMA, PICTURE_SCHEMA, TEXT_SCHEMA
+from kubetuner.config.data_keys import LATENTS_SCHEMA, MASK_SCHEMA, PICTURE_SCHEMA, TEXT_SCHEMA
 from kubetuner.config.data_masks import MaskData, MaskLinks
 from kubetuner.config.data_parquet import read_caption_table
 from kubetuner.config.data_sampling import Epochs, read_epochs, read_sampling
@@ -71,6 +71,9 @@ class Data:
         return tuple(entry for entry in self.pictures if entry.source.dataset_type == dataset_type)
 
 
+_SCHEMAS = {"text_embeds": TEXT_SCHEMA, "image_embeds": LATENTS_SCHEMA, "conditioning": MASK_SCHEMA}
+
+
 @dataclass
 class _Seen:
     """What entries must not share."""
@@ -80,7 +83,8 @@ class _Seen:
     text_filters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     default_text: str = ""
     text_of: dict[str, str] = field(default_factory=dict)
-    references: list[tuple[str, str]] = field(default_factory=list)
+    latents: set[str] = field(default_factory=set)
+    references: list[tuple[str, str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     masks: MaskLinks = field(default_factory=MaskLinks)
 
@@ -114,7 +118,7 @@ def read_data(
         faults: list[Problem] = []
         fields = _fill(flatten_hub(entry, where, faults), facts)
         kind = next((value for name, value in fields.items() if plain_name(name) == "dataset_type"), None)
-        schema = {"text_embeds": TEXT_SCHEMA, "conditioning": MASK_SCHEMA}.get(str(kind), PICTURE_SCHEMA)
+        schema = _SCHEMAS.get(str(kind), PICTURE_SCHEMA)
         values = read(fields, schema, where, faults)
         if values.flag("disabled"):
             continue
@@ -124,14 +128,17 @@ def read_data(
         _note_discovery(values, where, seen, problems)
         if kind == "text_embeds":
             _read_texts(values, where, cwd, seen, problems)
+        elif kind == "image_embeds":
+            seen.latents.add(values.text("id"))
+            _check_cache_dir(values, "cache_dir", where, seen, problems)
         elif kind == "conditioning":
             _check_cache_dir(values, "cache_dir_vae", where, seen, problems)
             seen.masks.add(values, where, problems)
         elif (picture := _read_pictures(values, run, where, seen, problems, facts=facts)) is not None:
             pictures.append(picture)
-    for where, name in seen.references:
-        if name not in seen.text_filters:
-            problems.append(Problem(where, f"names {name!r}, but no entry with dataset_type text_embeds has that id."))
+    for where, kind, name in seen.references:
+        if name not in (seen.latents if kind == "image_embeds" else seen.text_filters):
+            problems.append(Problem(where, f"names {name!r}, but no entry with dataset_type {kind} has that id."))
     pictures = [_with_filters(picture, seen) for picture in pictures]
     masks = seen.masks.linked(seen.ids, problems)
     data = Data(tuple(pictures), masks, (*seen.notes, *_unused_filters(pictures, seen)))
@@ -214,8 +221,10 @@ def _read_pictures(
 ) -> PictureData | None:
     before = len(problems)
     _check_cache_dir(values, "cache_dir_vae", where, seen, problems)
+    for kind in ("text_embeds", "image_embeds"):
+        if kind in values:
+            seen.references.append((f"{where}.{kind}", kind, values.text(kind)))
     if "text_embeds" in values:
-        seen.references.append((f"{where}.text_embeds", values.text("text_embeds")))
         seen.text_of[values.text("id")] = values.text("text_embeds")
     seen.masks.note(values, where, problems)
     storage = read_storage(values, run, where, problems)

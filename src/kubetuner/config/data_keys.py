@@ -4,7 +4,7 @@ from kubetuner.config.keys import Alias, Foreign, Key, Later, Rule, Schema, Unne
 
 TYPES = ("local", "gcs", "huggingface", "csv", "aws")
 TYPES_LATER = frozenset({"webshart", "memory"})
-DATASET_TYPES_LATER = frozenset({"image_embeds", "conditioning_image_embeds", "video", "audio", "caption"})
+DATASET_TYPES_LATER = frozenset({"conditioning_image_embeds", "video", "audio", "caption"})
 _STORE = "caches are artifacts, kept by content in the store"
 _SECRET = (
     "Keys in this file would be written into the pipeline's parameters; put them into the environment of the pods "
@@ -22,7 +22,9 @@ _NO_CAPTIONS = "masks have no captions"
 
 _COMMON: dict[str, Rule] = {
     "id": Key("str", nullable=False),
-    "dataset_type": Key("str", one_of("image", "eval", "text_embeds", "conditioning"), later=DATASET_TYPES_LATER),
+    "dataset_type": Key(
+        "str", one_of("image", "eval", "text_embeds", "image_embeds", "conditioning"), later=DATASET_TYPES_LATER
+    ),
     "disabled": Key("bool"),
     "write_batch_size": Unneeded("int", "shards are written whole"),
     "read_batch_size": Unneeded("int", "pictures are read as they are needed"),
@@ -97,7 +99,7 @@ _PICTURES: dict[str, Rule] = {
     ),
     "disable_multiline_split": Key("bool"),
     "text_embeds": Key("str"),
-    "image_embeds": Later("a separate store of latents is"),
+    "image_embeds": Key("str"),
     "default": Later("a default picture dataset is", (False,)),
     "disable_validation": Later("switching off checks is", (False,)),
     "max_num_samples": Key("int", low=1),
@@ -125,12 +127,25 @@ _PICTURES: dict[str, Rule] = {
     "cache_dir": Unneeded("str", _STORE),
 }
 
-_TEXTS: dict[str, Rule] = {
-    "type": Key("str", one_of("local"), later=frozenset({*TYPES, *TYPES_LATER} - {"local"})),
+# Of an entry that says where a cache lies.
+_CACHES: dict[str, Rule] = {
+    "type": Key("str", one_of(*TYPES), later=TYPES_LATER),
     "default": Key("bool"),
     "cache_dir": Key("str"),
-    "caption_filter_list": Key("json"),
+    **{name: _STORAGE[name] for name in ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")},
+    **{
+        name: Unneeded("str", _STORE)
+        for name in (
+            "aws_bucket_name",
+            "aws_endpoint_url",
+            "aws_region_name",
+            "instance_data_dir",
+        )
+    },
+    "aws_max_pool_connections": _STORAGE["aws_max_pool_connections"],
 }
+
+_TEXTS: dict[str, Rule] = {**_CACHES, "caption_filter_list": Key("json")}
 
 # Keys of a picture entry that an entry of masks may repeat; its pictures have already decided.
 _MASKS: dict[str, Rule] = {
@@ -185,4 +200,5 @@ CAPTION_TABLE_SCHEMA = Schema(
 )
 PICTURE_SCHEMA = Schema(rules={**_COMMON, **_STORAGE, **_PICTURES}, aliases=_ALIASES)
 MASK_SCHEMA = Schema(rules={**_COMMON, **_STORAGE, **_MASKS}, aliases=_ALIASES)
+LATENTS_SCHEMA = Schema(rules={**_COMMON, **_CACHES}, aliases={"disable": Alias("disabled")})
 TEXT_SCHEMA = Schema(rules={**_COMMON, **_TEXTS}, aliases={"disable": Alias("disabled")})

@@ -77,7 +77,8 @@ def texts(**more):
             "huggingface.dataset_name",
             "given twice",
         ),
-        ({"dataset_type": "image_embeds"}, "dataset_type", "not available yet"),
+        ({"dataset_type": "video"}, "dataset_type", "not available yet"),
+        ({"image_embeds": "texts"}, "image_embeds", "names 'texts', but no entry with dataset_type image_embeds"),
         (
             {"caption_strategy": "parquet"},
             "parquet",
@@ -371,3 +372,15 @@ def test_when_latents_are_made_is_the_entrys_or_else_the_runs() -> None:
     whole = load(CONFIG | {"vae_cache_disable": True}, [image(id="a"), image(id="b", vae_cache_disable=False)])
     assert [entry.vae_cache for entry in whole.sections.cache_vae.datasets] == ["disabled", "ahead"]
     assert not whole.notes
+
+
+def test_where_caches_lie_is_noted_and_changes_nothing() -> None:
+    bucket = {"type": "aws", "aws_bucket_name": "caches"}
+    latents = {"id": "latents", "dataset_type": "image_embeds", "cache_dir": "vae", **bucket}
+    plain, apart = (
+        load(CONFIG, data) for data in ([image()], [image(image_embeds="latents"), latents, texts(**bucket)])
+    )
+    assert apart.sections == plain.sections
+    notes = "\n".join(apart.notes)
+    assert all(f"[{index}].`aws_bucket_name`: caches are artifacts" in notes for index in (1, 2))
+    assert "[1].`cache_dir`: caches are artifacts" in notes
