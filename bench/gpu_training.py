@@ -32,8 +32,9 @@ from typing import Any, get_args
 
 import torch
 
+from bench.fixed_batch import FixedBatches
 from bench.measure import table
-from bench.real_models import Case, Counted, FixedBatches, count, write_schedulers
+from bench.real_models import Case, Counted, count, write_schedulers
 from kubetuner.config.attention import MECHANISMS
 from kubetuner.config.compilation import CompileSettings
 from kubetuner.config.sections import FamilyName

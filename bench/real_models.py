@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
+from bench.fixed_batch import FixedBatch
 from kubetuner.artifacts import LatentRow
 from kubetuner.config.adapter_sections import LoraSettings
 from kubetuner.config.sections import DatasetSampling, FamilyName, ModelRef, TrainSection
 from kubetuner.families import load_family
-from kubetuner.families.base import Named
 from kubetuner.training.denoiser import make_trainable
 from kubetuner.training.objective import Objective
 from pipelines.recipes.demo.models import build_pipeline, write_pipeline
@@ -85,7 +85,7 @@ class Case:
         with torch.device(device):
             return make_trainable(model, section, family, device)
 
-    def batch(self, denoiser: nn.Module, size: int) -> "FixedBatch":
+    def batch(self, denoiser: nn.Module, size: int) -> FixedBatch:
         """Random latents, and texts of full length."""
         config: Any = denoiser.config
         edge, tokens = self.edge // (8 if self.tiny else _PIXELS_PER_LATENT[self.family]), _TOKENS[self.family]
@@ -101,31 +101,10 @@ class Case:
         )  # fmt: skip
         return FixedBatch([row] * size, latents, [text] * size)
 
-    def objective(self, section: TrainSection, batch: "FixedBatch") -> Objective:
+    def objective(self, section: TrainSection, batch: FixedBatch) -> Objective:
         """The family's own, in bfloat16 autocast."""
         family = load_family(self.family)
         return Objective(family, family.noise_process(section.model, section.process()), batch.texts[0], 0, True)
-
-
-@dataclass(frozen=True)
-class FixedBatch:
-    """One batch in memory."""
-
-    rows: Sequence[LatentRow]
-    latents: Tensor
-    texts: Sequence[Named]
-    masks: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class FixedBatches:
-    """Always the same batch."""
-
-    fixed: FixedBatch
-
-    def batch(self, step: int, micro: int) -> FixedBatch:
-        """The batch."""
-        return self.fixed
 
 
 def write_schedulers(folder: Path) -> None:

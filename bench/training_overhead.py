@@ -19,20 +19,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import PixArtTransformer2DModel, SanaTransformer2DModel, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 
+from bench.fixed_batch import FixedBatch, FixedBatches
 from kubetuner.artifacts import LatentRow
 from kubetuner.config.adapter_sections import LoraSettings
 from kubetuner.config.objective import ProcessSettings
 from kubetuner.config.sections import DatasetSampling, ModelRef, TrainSection
 from kubetuner.families import load_family
-from kubetuner.families.base import Named
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.loop import Job, train_denoiser
 from kubetuner.training.objective import Objective
@@ -41,27 +40,6 @@ from pipelines.recipes.demo.models import build_pipeline, write_pipeline
 
 FAMILIES = ("pixart_sigma", "sdxl", "sana")
 DEMO = Path("pipelines/recipes/demo")
-
-
-@dataclass(frozen=True)
-class FixedBatch:
-    """One batch in memory."""
-
-    rows: list[LatentRow]
-    latents: Tensor
-    texts: list[Named | None]
-    masks: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class FixedBatches:
-    """Always the same batch."""
-
-    fixed: FixedBatch
-
-    def batch(self, step: int, micro: int) -> FixedBatch:
-        """The batch."""
-        return self.fixed
 
 
 def main() -> None:

@@ -114,9 +114,8 @@ class Batches:
         posterior = torch.Generator().manual_seed(
             random.Random(f"{self._section.seed}/latents/{position}").getrandbits(63)
         )
-        # The positions of one process are so far apart.
-        following = self._epoch[1][index : index + self._processes * BATCHES_AHEAD : self._processes][1:]
-        tensors = self._samples.latents(rows, [row for batch in following for row in batch])
+        following = [row for place in self._ahead(index)[1:] for row in self._epoch[1][place]]
+        tensors = self._samples.latents(rows, following)
         latents = torch.stack([draw_latents(one, posterior) for one in tensors])
         return Batch(rows, latents, texts, self._masks(rows, latents))
 
@@ -161,12 +160,16 @@ class Batches:
         self._samples.fetch_ahead(
             [
                 [
-                    (row, self._drawn(self._samples.rows[row], position + ahead, place) or "")
-                    for place, row in enumerate(rows)
+                    (row, self._drawn(self._samples.rows[row], position + ahead - index, place) or "")
+                    for place, row in enumerate(self._epoch[1][ahead])
                 ]
-                for ahead, rows in enumerate(self._epoch[1][index : index + BATCHES_AHEAD])
+                for ahead in self._ahead(index)
             ]
         )
+
+    def _ahead(self, index: int) -> range:
+        """The epoch's batches that this process takes next, from ``index`` on; others take those in between."""
+        return range(index, len(self._epoch[1]), self._processes)[:BATCHES_AHEAD]
 
     def _caption(self, row: LatentRow, position: int, place: int) -> dict[str, Tensor] | None:
         text = self._drawn(row, position, place)

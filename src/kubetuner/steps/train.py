@@ -105,7 +105,7 @@ class Inputs:
 
     latents: tuple[Path, ...]
     text_embeds: tuple[Path, ...]
-    dataset: Path | None
+    dataset: Path | None = None
 
     def fingerprints(self) -> list[str]:
         """Of what decides the result."""
@@ -115,7 +115,9 @@ class Inputs:
 
 def _other_machines(section: TrainSection) -> TrainJobSettings | None:
     """The machines that are to train in place of this one, which is none of them."""
-    if "WORLD_SIZE" in os.environ:
+    from kubetuner.training.launch import is_started
+
+    if is_started():
         return None
     settings = trainjob_settings()
     if settings is None and section.num_machines > 1:

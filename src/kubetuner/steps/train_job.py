@@ -18,9 +18,7 @@ from pathlib import Path
 
 from kubetuner.artifacts import (
     ARTIFACT_FILE,
-    LatentsArtifact,
     ModelArtifact,
-    TextEmbedsArtifact,
     read_artifact,
     verify_files,
     write_artifact,
@@ -30,7 +28,7 @@ from kubetuner.config.sections import TrainSection
 from kubetuner.config.trainjob import GUIDE, TrainJobSettings
 from kubetuner.digests import fingerprint, sha256_of
 from kubetuner.errors import ArtifactError, InputError, TrainingError
-from kubetuner.steps.train import WorkerRequest
+from kubetuner.steps.train import Inputs, WorkerRequest
 from kubetuner.training.interruption import StopRequest
 from kubetuner.training.launch import ARGUMENT_FILE
 from kubetuner.trainjob.cluster import Cluster
@@ -62,8 +60,7 @@ def train_in_job(
         TrainingError: The TrainJob failed, or cannot start.
         TerminatedError: SIGTERM arrived; run again to resume.
     """
-    parents = [read_artifact(folder, LatentsArtifact).fingerprint for folder in latents]
-    parents += [read_artifact(folder, TextEmbedsArtifact).fingerprint for folder in text_embeds]
+    parents = Inputs(tuple(latents), tuple(text_embeds)).fingerprints()
     _check(settings, section.num_train_processes)
     name = f"kubetuner-{fingerprint('trainjob', section.deciding_with(0), *parents)[:16]}"
     shared = Path(settings.mount) / "kubetuner" / name

@@ -30,13 +30,18 @@ _POLL_SECONDS = 0.1
 ARGUMENT_FILE = "argument"
 
 
+def is_started() -> bool:
+    """Whether ``torchrun``, a TrainJob or this module started this process: then it starts no others."""
+    return "WORLD_SIZE" in os.environ
+
+
 def wanted_processes(section: TrainSection) -> int:
     """How many processes to start: 1 where this one is to train, alone or among those that ``torchrun`` started.
 
     Raises:
         InputError: More are asked for than there are GPUs.
     """
-    if "WORLD_SIZE" in os.environ:
+    if is_started():
         return 1
     import torch
 

@@ -1,8 +1,6 @@
 """A bucket on a real emulator process, behind a proxy that misbehaves."""
 
-import gc
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -26,7 +24,7 @@ from kubetuner.sources.switch import open_source
 from kubetuner.steps.download_dataset import download_dataset
 from kubetuner.steps.plan import make_plan
 from tests.servers.faults import FaultyProxy
-from tests.servers.gcs import fake_gcs
+from tests.servers.gcs import empty_bucket, fake_gcs, let_go
 
 BUCKET = "pictures-bucket"
 
@@ -49,16 +47,8 @@ def proxy(emulator: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProx
 @pytest.fixture
 def bucket(emulator: str) -> Iterator[storage.Bucket]:
     """An empty bucket, reached past the proxy."""
-    client = storage.Client(
-        project="none", credentials=AnonymousCredentials(), client_options={"api_endpoint": f"http://{emulator}"}
-    )
-    bucket = client.bucket(BUCKET)
-    if not bucket.exists():
-        client.create_bucket(bucket)
-    for blob in list(bucket.list_blobs()):
-        blob.delete()
-    yield bucket
-    client.close()
+    with empty_bucket(emulator, BUCKET) as bucket:
+        yield bucket
 
 
 def make_folder(root: Path) -> dict[str, bytes]:
@@ -94,10 +84,7 @@ def opened(proxy: FaultyProxy) -> Iterator[Open]:
     """Opens sources behind the proxy and closes them in the end."""
     with ExitStack() as stack:
         yield lambda **more: stack.enter_context(closing(GcsSource(settings(**more))))
-    with warnings.catch_warnings():
-        # Google's client leaves the connection of a refused request to the garbage collector.
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
+    let_go()
 
 
 def test_pages_are_listed_and_a_prefix_is_a_folder(
