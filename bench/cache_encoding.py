@@ -30,9 +30,9 @@ from torch import nn
 
 from bench.measure import alternate, in_child, report, table
 from kubetuner.artifacts import Sample, read_rows
-from kubetuner.config.geometry_sections import DatasetGeometry, Geometry
-from kubetuner.config.sections import CacheTextSection, CacheVaeSection, ModelRef
-from kubetuner.config.source_sections import DatasetSource, DownloadSection
+from kubetuner.config.sections.geometry import DatasetGeometry, Geometry
+from kubetuner.config.sections.sources import DatasetSource, DownloadSection
+from kubetuner.config.sections.steps import CacheTextSection, CacheVaeSection, ModelRef
 from kubetuner.data.geometry import Placement
 from kubetuner.data.pictures import open_picture, to_pixels
 from kubetuner.families import load_family

@@ -28,7 +28,7 @@ import torch
 from bench.measure import alternate, in_child, peak_memory, report, table
 from bench.synthetic_cache import captions, write_latents, write_texts
 from kubetuner.artifacts import LatentRow, LatentsArtifact, TextEmbedsArtifact, TextRow, read_artifact, read_rows
-from kubetuner.config.sections import DatasetSampling, ModelRef, TrainSection
+from kubetuner.config.sections.steps import DatasetSampling, ModelRef, TrainSection
 from kubetuner.data.batches import Batches
 from kubetuner.data.shards import ShardReader
 from kubetuner.store import Store

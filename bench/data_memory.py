@@ -19,7 +19,7 @@ import torch
 
 from bench.cache_encoding import caption, download, make_pictures, run_step
 from bench.measure import in_child, peak_memory, report, table
-from kubetuner.config.sections import ModelRef
+from kubetuner.config.sections.steps import ModelRef
 from kubetuner.steps.plan import make_plan
 from pipelines.recipes.demo.models import build_pipeline, write_pipeline
 

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from bench.measure import alternate, report, table
-from kubetuner.config.sections import Sections
+from kubetuner.config.sections.steps import Sections
 from kubetuner.steps.cache_text_embeds import cache_text_embeds
 from kubetuner.steps.cache_vae import cache_vae
 from kubetuner.steps.download_dataset import download_dataset

@@ -37,11 +37,11 @@ from bench.measure import table
 from bench.real_models import Case, Counted, count, write_schedulers
 from kubetuner.config.attention import MECHANISMS
 from kubetuner.config.compilation import CompileSettings
-from kubetuner.config.sections import FamilyName
+from kubetuner.config.sections.steps import FamilyName
 from kubetuner.families.loading import default_device
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.loop import Job, Outcome, train_denoiser
-from kubetuner.training.memory import peak_memory
+from kubetuner.training.memory.peak import peak_memory
 
 CASES = (
     "sdxl-lora-512", "sdxl-lora-1024", "pixart_sigma-full-512", "pixart_sigma-full-1024", "sana-full-512",

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from bench.fixed_batch import FixedBatch
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.adapter_sections import LoraSettings
-from kubetuner.config.sections import DatasetSampling, FamilyName, ModelRef, TrainSection
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.steps import DatasetSampling, FamilyName, ModelRef, TrainSection
 from kubetuner.families import load_family
 from kubetuner.training.denoiser import make_trainable
 from kubetuner.training.objective import Objective

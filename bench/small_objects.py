@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 
 from bench.measure import report, table
-from kubetuner.config.source_sections import DatasetSource
+from kubetuner.config.sections.sources import DatasetSource
 from kubetuner.sources.base import Item
 from kubetuner.sources.gcs import GcsSource
 from kubetuner.sources.threads import in_threads

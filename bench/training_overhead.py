@@ -28,9 +28,9 @@ from torch import nn
 
 from bench.fixed_batch import FixedBatch, FixedBatches
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.adapter_sections import LoraSettings
-from kubetuner.config.objective import ProcessSettings
-from kubetuner.config.sections import DatasetSampling, ModelRef, TrainSection
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.objective import ProcessSettings
+from kubetuner.config.sections.steps import DatasetSampling, ModelRef, TrainSection
 from kubetuner.families import load_family
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.loop import Job, train_denoiser

@@ -24,7 +24,7 @@ from bench.measure import alternate, report, table
 from bench.peers.training import PAGE
 from bench.peers.workload import BATCH, Ours, Theirs, Work, folder_size
 from kubetuner.cli.step import run_step
-from kubetuner.config.sections import CacheTextSection
+from kubetuner.config.sections.steps import CacheTextSection
 from kubetuner.families import load_family
 from kubetuner.steps.cache_text_embeds import BATCHES_AT_ONCE
 from pipelines.recipes.demo.models import FAMILIES, Size

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections.steps import TrainSection
 from kubetuner.data.batches import Batches
 from kubetuner.families import load_family
 from kubetuner.training.denoiser import prepare_denoiser

@@ -24,7 +24,7 @@ def cache_text_embeds(
     import json
     from pathlib import Path
 
-    from kubetuner.config.sections import CacheTextSection
+    from kubetuner.config.sections.steps import CacheTextSection
     from kubetuner.steps.boundary import facts
     from kubetuner.steps.cache_text_embeds import cache_text_embeds
 

@@ -24,7 +24,7 @@ def cache_vae(
     import json
     from pathlib import Path
 
-    from kubetuner.config.sections import CacheVaeSection
+    from kubetuner.config.sections.steps import CacheVaeSection
     from kubetuner.steps.boundary import facts
     from kubetuner.steps.cache_vae import cache_vae
 

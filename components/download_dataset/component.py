@@ -19,7 +19,7 @@ def download_dataset(section: str, dataset: dsl.Output[dsl.Dataset], pictures: d
     """
     from pathlib import Path
 
-    from kubetuner.config.source_sections import DownloadSection
+    from kubetuner.config.sections.sources import DownloadSection
     from kubetuner.steps.boundary import facts
     from kubetuner.steps.download_dataset import download_dataset
 

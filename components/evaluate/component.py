@@ -37,7 +37,7 @@ def evaluate(  # noqa: PLR0913 - each artifact travels by its name
     import shutil
     from pathlib import Path
 
-    from kubetuner.config.sections import EvaluateSection
+    from kubetuner.config.sections.steps import EvaluateSection
     from kubetuner.steps.boundary import facts, write_metrics
     from kubetuner.steps.evaluate import evaluate
 

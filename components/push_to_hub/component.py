@@ -25,7 +25,7 @@ def push_to_hub(
     """
     from pathlib import Path
 
-    from kubetuner.config.sections import PushSection
+    from kubetuner.config.sections.steps import PushSection
     from kubetuner.steps.boundary import facts
     from kubetuner.steps.push_to_hub import push_to_hub
 

@@ -30,7 +30,7 @@ def train(
     """
     from pathlib import Path
 
-    from kubetuner.config.sections import TrainSection
+    from kubetuner.config.sections.steps import TrainSection
     from kubetuner.steps.boundary import facts, write_metrics
     from kubetuner.steps.train import train
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from kubetuner.config.load import load, read_json
 from kubetuner.config.models import OUTLINES
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections.steps import TrainSection
 from kubetuner.steps.planning.memory import GIB, smallest_card
-from kubetuner.training.memory_prediction import Predictor, Shapes
+from kubetuner.training.memory.prediction import Predictor, Shapes
 
 FOLDER = Path(__file__).parent
 README = FOLDER / "README.md"

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kubetuner.config.adapter_sections import LoraSettings
-from kubetuner.config.objective import LossSettings, ProcessSettings, SchedulerChange
-from kubetuner.config.sections import ModelRef
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.objective import LossSettings, ProcessSettings, SchedulerChange
+from kubetuner.config.sections.steps import ModelRef
 from kubetuner.families import load_family
 
 DATA = Path(__file__).parent / "data"

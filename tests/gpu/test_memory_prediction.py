@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from kubetuner.config.adapter_sections import LoraSettings
 from kubetuner.config.models import OUTLINES
 from kubetuner.config.precision import missing_library
-from kubetuner.config.sections import DatasetSampling, ModelRef, TrainSection
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.steps import DatasetSampling, ModelRef, TrainSection
 from kubetuner.families import load_family
 from kubetuner.families.architectures import outline_denoiser
 from kubetuner.families.attention import use_attention
 from kubetuner.families.quantised import quantise
 from kubetuner.training.denoiser import choose_trained
-from kubetuner.training.memory_prediction import Predictor, Shapes
+from kubetuner.training.memory.prediction import Predictor, Shapes
 from kubetuner.training.optimizers import clip_gradients, make_optimizer
 from kubetuner.training.recompute import recompute_activations
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kubetuner.config.adapter_sections import LoraSettings
 from kubetuner.config.compilation import CompileSettings
+from kubetuner.config.sections.adapter import LoraSettings
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.interruption import TerminatedError
 from kubetuner.training.loop import Job, Outcome, train_denoiser

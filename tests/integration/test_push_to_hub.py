@@ -19,8 +19,8 @@ from kubetuner.artifacts import (
     verify_files,
     write_artifact,
 )
-from kubetuner.config.adapter_sections import LoraSettings
-from kubetuner.config.sections import ModelRef, ModelType, PushSection, TrainSection
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.steps import ModelRef, ModelType, PushSection, TrainSection
 from kubetuner.errors import ArtifactError, PublishError
 from kubetuner.publishing import hub as publishing_hub
 from kubetuner.steps.push_to_hub import push_to_hub

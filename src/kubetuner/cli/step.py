@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from kubetuner.artifacts import Artifact
 from kubetuner.config.load import read_json
-from kubetuner.config.section import Section
+from kubetuner.config.sections.base import Section
 from kubetuner.errors import InputError
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -108,14 +108,14 @@ def _plan(inputs: Mapping[str, Sequence[Path]], out: Path) -> None:
 
 
 def _download_dataset(request: Request) -> Artifact:
-    from kubetuner.config.source_sections import DownloadSection
+    from kubetuner.config.sections.sources import DownloadSection
     from kubetuner.steps.download_dataset import download_dataset
 
     return download_dataset(request.parse(DownloadSection, "download"), request.out)
 
 
 def _cache_vae(request: Request) -> Artifact:
-    from kubetuner.config.sections import CacheVaeSection
+    from kubetuner.config.sections.steps import CacheVaeSection
     from kubetuner.steps.cache_vae import cache_vae
 
     section = request.parse(CacheVaeSection, "cache_vae")
@@ -123,7 +123,7 @@ def _cache_vae(request: Request) -> Artifact:
 
 
 def _cache_text_embeds(request: Request) -> Artifact:
-    from kubetuner.config.sections import CacheTextSection
+    from kubetuner.config.sections.steps import CacheTextSection
     from kubetuner.steps.cache_text_embeds import cache_text_embeds
 
     section = request.parse(CacheTextSection, "cache_text_embeds")
@@ -133,7 +133,7 @@ def _cache_text_embeds(request: Request) -> Artifact:
 
 
 def _train(request: Request) -> Artifact:
-    from kubetuner.config.sections import TrainSection
+    from kubetuner.config.sections.steps import TrainSection
     from kubetuner.steps.train import train
 
     section = request.parse(TrainSection, "train")
@@ -142,7 +142,7 @@ def _train(request: Request) -> Artifact:
 
 
 def _evaluate(request: Request) -> Artifact:
-    from kubetuner.config.sections import EvaluateSection
+    from kubetuner.config.sections.steps import EvaluateSection
     from kubetuner.steps.evaluate import evaluate
 
     section = request.parse(EvaluateSection, "evaluate")
@@ -151,7 +151,7 @@ def _evaluate(request: Request) -> Artifact:
 
 
 def _push_to_hub(request: Request) -> Artifact:
-    from kubetuner.config.sections import PushSection
+    from kubetuner.config.sections.steps import PushSection
     from kubetuner.steps.push_to_hub import push_to_hub
 
     section = request.parse(PushSection, "push")

@@ -5,21 +5,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kubetuner.config.adapters import LORA_KEYS, read_adapter
 from kubetuner.config.attention import HALF_ONLY, WITHOUT_MASKS
 from kubetuner.config.build_objective import ObjectiveReader
 from kubetuner.config.compilation import read_compilation
-from kubetuner.config.data import Data
-from kubetuner.config.distribution_keys import check_fsdp, read_fsdp
+from kubetuner.config.data_file.entries import Data
 from kubetuner.config.keys import Values
-from kubetuner.config.learning_rate import read_rate
 from kubetuner.config.models import OUTLINES, FamilyOutline
-from kubetuner.config.objective import FlowSchedule, SchedulerChange
 from kubetuner.config.optimizers import OPTIMIZERS, OptimizerName, plain_settings, read_options
 from kubetuner.config.precision import unroundable
 from kubetuner.config.prompts import read_instruction, read_prompts, read_resolutions
+from kubetuner.config.run_file.adapters import LORA_KEYS, read_adapter
+from kubetuner.config.run_file.distribution import check_fsdp, read_fsdp
+from kubetuner.config.run_file.learning_rate import read_rate
 from kubetuner.config.schedule import empty_stages
-from kubetuner.config.sections import (
+from kubetuner.config.sections.objective import FlowSchedule, SchedulerChange
+from kubetuner.config.sections.sources import DownloadSection
+from kubetuner.config.sections.steps import (
     CacheTextSection,
     CacheVaeSection,
     EvaluateSection,
@@ -30,7 +31,6 @@ from kubetuner.config.sections import (
     Sections,
     TrainSection,
 )
-from kubetuner.config.source_sections import DownloadSection
 from kubetuner.config.text_rounding import TextRounding, read_text_rounding
 from kubetuner.errors import Problem
 

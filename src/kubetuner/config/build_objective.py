@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from kubetuner.config.keys import Values
-from kubetuner.config.objective import (
+from kubetuner.config.run_file.objective import DEFAULTS
+from kubetuner.config.sections.objective import (
     EmaSettings,
     FlowSchedule,
     LossSettings,
@@ -14,7 +15,6 @@ from kubetuner.config.objective import (
     SchedulerChange,
     TimestepBias,
 )
-from kubetuner.config.objective_keys import DEFAULTS
 from kubetuner.errors import Problem
 
 _DIFFUSION_KEYS = (

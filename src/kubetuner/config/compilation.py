@@ -6,7 +6,7 @@ import sys
 from typing import Literal
 
 from kubetuner.config.keys import Key, Rule, Values, one_of
-from kubetuner.config.section import Section
+from kubetuner.config.sections.base import Section
 from kubetuner.errors import Problem
 
 # They record CUDA graphs, which nobody has run with accumulated gradients here: the next recording may overwrite them.

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kubetuner.config.build import build_sections, read_base
-from kubetuner.config.data import Data, read_data
+from kubetuner.config.data_file.entries import Data, read_data
 from kubetuner.config.keys import Values, plain_name, read
 from kubetuner.config.models import OUTLINES
-from kubetuner.config.run_keys import RUN_SCHEMA
-from kubetuner.config.sections import Sections
+from kubetuner.config.run_file.keys import RUN_SCHEMA
+from kubetuner.config.sections.steps import Sections
 from kubetuner.errors import ConfigError, InputError, Problem
 
 CONFIG_NAME = "config.json"

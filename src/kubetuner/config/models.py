@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kubetuner.config.sections import FamilyName
+from kubetuner.config.sections.steps import FamilyName
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections.steps import TrainSection
 
 PRECISIONS = ("no_change", "int8-torchao", "int8-quanto", "nf4-bnb")
 LATER = frozenset(

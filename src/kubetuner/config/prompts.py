@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kubetuner.config.keys import Values
 from kubetuner.config.models import FamilyOutline
-from kubetuner.config.sections import Prompt
+from kubetuner.config.sections.steps import Prompt
 from kubetuner.errors import Problem
 
 INSTRUCTION = "\n".join(

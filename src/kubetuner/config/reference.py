@@ -5,9 +5,9 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from kubetuner.config.key_notes import GROUPS, Note
 from kubetuner.config.keys import Foreign, Key, Later, Unneeded
-from kubetuner.config.run_keys import RUN_SCHEMA
+from kubetuner.config.run_file.keys import RUN_SCHEMA
+from kubetuner.config.run_file.notes import GROUPS, Note
 
 _HEAD = """\
 # Keys of config.json

@@ -7,7 +7,7 @@ takes over from another after step 300. ``start_step`` 0 and 1 both mean "from t
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kubetuner.config.sections import DatasetSampling, TrainSection
+from kubetuner.config.sections.steps import DatasetSampling, TrainSection
 
 
 @dataclass(frozen=True)

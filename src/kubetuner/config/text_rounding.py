@@ -3,7 +3,7 @@
 from typing import ClassVar, Literal
 
 from kubetuner.config.keys import Values
-from kubetuner.config.section import Section
+from kubetuner.config.sections.base import Section
 from kubetuner.errors import Problem
 
 MOST_ENCODERS = 4

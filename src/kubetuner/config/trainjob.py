@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from kubetuner.config.section import Section
+from kubetuner.config.sections.base import Section
 from kubetuner.errors import InputError
 
 TRAINJOB_VARIABLE = "KUBETUNER_TRAINJOB"

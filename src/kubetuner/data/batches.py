@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kubetuner.artifacts import LatentRow
 from kubetuner.config.schedule import stages, weights
-from kubetuner.config.sections import DatasetSampling, TrainSection
+from kubetuner.config.sections.steps import DatasetSampling, TrainSection
 from kubetuner.data.encoded_samples import EncodedSamples, Size
 from kubetuner.data.latents import Maker, draw_latents
 from kubetuner.errors import ArtifactError, DatasetError

@@ -3,8 +3,8 @@
 import random
 from collections.abc import Sequence
 
-from kubetuner.config.caption_filters import parse_filter
-from kubetuner.config.caption_sections import CaptionShuffle, DatasetCaptions
+from kubetuner.config.data_file.caption_filters import parse_filter
+from kubetuner.config.sections.captions import CaptionShuffle, DatasetCaptions
 
 # Split at, joined with.
 _MARKS = {"comma": (",", ", "), "space": (" ", " "), "period": (".", ". ")}

@@ -2,7 +2,7 @@
 
 from pathlib import PurePosixPath
 
-from kubetuner.config.source_sections import DatasetSource
+from kubetuner.config.sections.sources import DatasetSource
 from kubetuner.errors import DatasetError
 from kubetuner.sources.base import Item, ItemError, Listing, Source
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from kubetuner.config.geometry_sections import Geometry
+from kubetuner.config.sections.geometry import Geometry
 
 Size = tuple[int, int]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageChops
 
-from kubetuner.config.source_sections import MaskKind
+from kubetuner.config.sections.sources import MaskKind
 from kubetuner.data.geometry import Placement, Size
 from kubetuner.data.pictures import decode_mask
 from kubetuner.errors import DatasetError

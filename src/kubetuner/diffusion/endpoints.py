@@ -5,7 +5,7 @@ Noisy latents are ``signal * latents + spread * noise``. ``signal`` and ``spread
 
 from torch import Tensor
 
-from kubetuner.config.objective import Prediction
+from kubetuner.config.sections.objective import Prediction
 from kubetuner.diffusion.process import broadcast
 
 

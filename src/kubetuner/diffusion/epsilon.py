@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from kubetuner.config.objective import LossSettings, Prediction, TimestepBias
+from kubetuner.config.sections.objective import LossSettings, Prediction, TimestepBias
 from kubetuner.diffusion.endpoints import clean_latents, flow
 from kubetuner.diffusion.losses import huber_turns, sample_losses, snr_weights
 from kubetuner.diffusion.process import NoisySample, broadcast

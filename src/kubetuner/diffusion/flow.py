@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from kubetuner.config.objective import FlowSchedule, LossSettings
+from kubetuner.config.sections.objective import FlowSchedule, LossSettings
 from kubetuner.diffusion.losses import huber_turns, sample_losses
 from kubetuner.diffusion.process import NoisySample, broadcast
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kubetuner.config.objective import LossSettings, Prediction
+from kubetuner.config.sections.objective import LossSettings, Prediction
 
 
 def snr_weights(loss: LossSettings, snr: Tensor, prediction: Prediction) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kubetuner.config.objective import RolloutSettings
+from kubetuner.config.sections.objective import RolloutSettings
 from kubetuner.diffusion.process import NoiseProcess
 from kubetuner.diffusion.solvers import Path, step_from
 

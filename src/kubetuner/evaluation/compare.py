@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from kubetuner.artifacts import ValidationImage
-from kubetuner.config.objective import ProcessSettings
-from kubetuner.config.sections import EvaluateSection
+from kubetuner.config.sections.objective import ProcessSettings
+from kubetuner.config.sections.steps import EvaluateSection
 from kubetuner.evaluation.clip_score import Judge, Pair, bar_of, verdict
 from kubetuner.evaluation.eval_loss import EvalLoss, Measurement, evaluation_loss
 from kubetuner.evaluation.held_out import HeldOut

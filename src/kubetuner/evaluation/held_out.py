@@ -19,7 +19,7 @@ from kubetuner.artifacts import (
     read_artifact,
     read_rows,
 )
-from kubetuner.config.sections import EvaluateSection
+from kubetuner.config.sections.steps import EvaluateSection
 from kubetuner.data.latents import draw_latents, key_generator, latent_names
 from kubetuner.data.shards import CachedShards
 from kubetuner.errors import ArtifactError

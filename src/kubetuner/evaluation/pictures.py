@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kubetuner.config.sections import EvaluateSection
+from kubetuner.config.sections.steps import EvaluateSection
 from kubetuner.families.base import Family
 from kubetuner.progress import Progress
 

@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import ConfigDict
 
 from kubetuner.artifacts import ModelArtifact, Record, ValidationImage
-from kubetuner.config.sections import EvaluateSection
+from kubetuner.config.sections.steps import EvaluateSection
 from kubetuner.evaluation.charts import Chart, line_chart, smoothed
 from kubetuner.evaluation.eval_loss import BANDS, EvalLoss
 

@@ -1,6 +1,6 @@
 """Model families: one file each, chosen in :func:`load_family` and nowhere else."""
 
-from kubetuner.config.sections import FamilyName
+from kubetuner.config.sections.steps import FamilyName
 from kubetuner.families.base import Family
 from kubetuner.families.notices import hush_libraries
 

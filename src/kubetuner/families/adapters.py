@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from kubetuner.config.adapter_sections import LoraSettings
+from kubetuner.config.sections.adapter import LoraSettings
 from kubetuner.errors import ArtifactError, InputError
 from kubetuner.families import lora
 from kubetuner.families.adapter_files import SavedAdapter, read_adapter, write_diffusers_file, write_peft_folder

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kubetuner.config.models import OUTLINES
-from kubetuner.config.sections import ModelRef
+from kubetuner.config.sections.steps import ModelRef
 from kubetuner.errors import InputError
 
 _CLASS = "_class_name"

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.adapter_sections import LoraSettings
-from kubetuner.config.objective import ProcessSettings
-from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRef
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.objective import ProcessSettings
+from kubetuner.config.sections.steps import CacheTextSection, EvaluateSection, ModelRef
 from kubetuner.config.text_rounding import WHOLE_TEXT, TextRounding
 from kubetuner.diffusion.process import NoiseProcess
 from kubetuner.families.text import PAD_TO

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kubetuner.config.sections import ModelRef
+from kubetuner.config.sections.steps import ModelRef
 from kubetuner.data.latents import MOMENTS, SAMPLE, key_generator
 from kubetuner.data.pictures import to_floats
 from kubetuner.families import load_family

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from kubetuner.config.sections import ModelRef
+from kubetuner.config.sections.steps import ModelRef
 from kubetuner.errors import InputError
 
 

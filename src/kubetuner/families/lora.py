@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kubetuner.config.adapter_sections import LoraSettings
+from kubetuner.config.sections.adapter import LoraSettings
 from kubetuner.errors import InputError
 
 ADAPTER = "default"

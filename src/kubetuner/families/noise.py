@@ -5,8 +5,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from kubetuner.config.objective import Prediction, ProcessSettings
-from kubetuner.config.sections import ModelRef
+from kubetuner.config.sections.objective import Prediction, ProcessSettings
+from kubetuner.config.sections.steps import ModelRef
 from kubetuner.diffusion.epsilon import EpsilonProcess
 from kubetuner.diffusion.flow import AutoShift
 from kubetuner.errors import InputError

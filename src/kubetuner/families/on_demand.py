@@ -26,7 +26,7 @@ from kubetuner.artifacts import (
     read_artifact,
     read_rows,
 )
-from kubetuner.config.sections import ModelRef
+from kubetuner.config.sections.steps import ModelRef
 from kubetuner.data.geometry import Placement
 from kubetuner.data.kept_latents import KeptLatents
 from kubetuner.data.latents import MOMENTS, SAMPLE

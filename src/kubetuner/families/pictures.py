@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kubetuner.config.sections import EvaluateSection
+from kubetuner.config.sections.steps import EvaluateSection
 
 
 @contextmanager

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.objective import ProcessSettings
-from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRef
+from kubetuner.config.sections.objective import ProcessSettings
+from kubetuner.config.sections.steps import CacheTextSection, EvaluateSection, ModelRef
 from kubetuner.config.text_rounding import WHOLE_TEXT, TextRounding
 from kubetuner.diffusion.epsilon import EpsilonProcess
 from kubetuner.families import loading, noise

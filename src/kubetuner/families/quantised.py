@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kubetuner.config.precision import missing_library
-from kubetuner.config.sections import ModelRef
+from kubetuner.config.sections.steps import ModelRef
 from kubetuner.config.text_rounding import TextRounding, text_precision_key
 from kubetuner.errors import InputError
 from kubetuner.families import loading

@@ -10,10 +10,10 @@ from importlib.resources import files
 from typing import Literal
 
 from kubetuner.artifacts import EvaluationArtifact, ModelArtifact, ValidationImage
-from kubetuner.config.adapter_sections import LoraSettings
-from kubetuner.config.objective import FlowSchedule, LossSettings, NoiseSettings, TimestepBias
-from kubetuner.config.section import Section
-from kubetuner.config.sections import PushSection
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.base import Section
+from kubetuner.config.sections.objective import FlowSchedule, LossSettings, NoiseSettings, TimestepBias
+from kubetuner.config.sections.steps import PushSection
 from kubetuner.families.base import FamilyFacts
 
 Usage = Literal["pipeline", "lora", "peft"]

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Protocol, runtime_checkable
 
-from kubetuner.config.source_sections import CaptionTable
+from kubetuner.config.sections.sources import CaptionTable
 from kubetuner.errors import DatasetError
 from kubetuner.sources.base import PICTURE_EXTENSIONS, Item, Listing, Source, listing_of
 from kubetuner.sources.table import captions_of

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from kubetuner.config.source_sections import DatasetSource
+from kubetuner.config.sections.sources import DatasetSource
 from kubetuner.errors import DatasetError
 from kubetuner.google_storage import connect, list_objects, request_options, split_address
 from kubetuner.sources.base import (

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
-from kubetuner.config.source_sections import DatasetSource
+from kubetuner.config.sections.sources import DatasetSource
 from kubetuner.errors import DatasetError
 from kubetuner.sources.base import Item, Listing, PassingError, folder_listing, retrying, verify
 from kubetuner.sources.hub_metadata import folder_captions

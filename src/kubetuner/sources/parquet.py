@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
-from kubetuner.config.source_sections import HubDataset
+from kubetuner.config.sections.sources import HubDataset
 from kubetuner.errors import DatasetError
 from kubetuner.sources.base import Item, ItemError, Listing, PassingError, first_line, listing_of, retrying
 from kubetuner.sources.table import captions_of

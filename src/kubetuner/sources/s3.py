@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kubetuner.config.source_sections import Bucket, DatasetSource
+from kubetuner.config.sections.sources import Bucket, DatasetSource
 from kubetuner.errors import DatasetError
 from kubetuner.sources.base import Item, Listing, PassingError, first_line, folder_listing, retrying, verify
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from kubetuner.config.source_sections import DatasetSource
+from kubetuner.config.sections.sources import DatasetSource
 from kubetuner.errors import DatasetError
 from kubetuner.sources.base import Source
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from kubetuner.config.source_sections import DatasetSource, TableColumns
+from kubetuner.config.sections.sources import DatasetSource, TableColumns
 from kubetuner.errors import DatasetError
 from kubetuner.sources.base import Item, ItemError, Listing, listing_of
 from kubetuner.sources.local import file_item, read_file

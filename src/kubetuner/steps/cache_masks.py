@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from kubetuner.artifacts import Sample, ShardEntry, TensorSpec
-from kubetuner.config.sections import CacheVaeSection
+from kubetuner.config.sections.steps import CacheVaeSection
 from kubetuner.data.geometry import Placement
 from kubetuner.data.masks import WEIGHTS, to_weights
 from kubetuner.digests import fingerprint

@@ -23,7 +23,7 @@ from kubetuner.artifacts import (
     write_artifact,
     write_rows,
 )
-from kubetuner.config.sections import CacheTextSection
+from kubetuner.config.sections.steps import CacheTextSection
 from kubetuner.data.caption_edits import edit_captions
 from kubetuner.data.keys import Keys
 from kubetuner.data.rows import RowFile

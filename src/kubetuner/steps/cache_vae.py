@@ -28,7 +28,7 @@ from kubetuner.artifacts import (
     write_artifact,
     write_rows,
 )
-from kubetuner.config.sections import CacheVaeSection
+from kubetuner.config.sections.steps import CacheVaeSection
 from kubetuner.data.geometry import LeftOut, Placement, place
 from kubetuner.data.keys import SAMPLES_PER_SHARD, Keys
 from kubetuner.data.pictures import read_pixels

@@ -29,7 +29,7 @@ from kubetuner.artifacts import (
     write_atomically,
     write_rows,
 )
-from kubetuner.config.source_sections import DatasetSource, DownloadSection
+from kubetuner.config.sections.sources import DatasetSource, DownloadSection
 from kubetuner.data.captions import CaptionError, captions_for
 from kubetuner.data.pictures import PictureError, check_picture
 from kubetuner.digests import canonical_json, sha256_of

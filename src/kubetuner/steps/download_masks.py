@@ -4,7 +4,7 @@ import logging
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
-from kubetuner.config.source_sections import MaskKind, MaskSource
+from kubetuner.config.sections.sources import MaskKind, MaskSource
 from kubetuner.data.geometry import Size
 from kubetuner.data.masks import Pairs, check_mask, misfit, pair
 from kubetuner.data.pictures import PictureError

@@ -22,7 +22,7 @@ from kubetuner.artifacts import (
     write_artifact,
     write_text,
 )
-from kubetuner.config.sections import EvaluateSection
+from kubetuner.config.sections.steps import EvaluateSection
 from kubetuner.digests import fingerprint
 from kubetuner.errors import ArtifactError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kubetuner.config.load import RunConfig, load
-from kubetuner.config.sections import Sections
+from kubetuner.config.sections.steps import Sections
 from kubetuner.errors import ConfigError, Problem
 from kubetuner.steps.planning.costs import Costs, estimate, vae_shape
 from kubetuner.steps.planning.datasets import (

@@ -19,7 +19,7 @@ from kubetuner.artifacts import (
     verify_files,
     write_artifact,
 )
-from kubetuner.config.sections import PushSection
+from kubetuner.config.sections.steps import PushSection
 from kubetuner.digests import fingerprint
 from kubetuner.errors import ArtifactError, PublishError
 

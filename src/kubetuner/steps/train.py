@@ -25,7 +25,7 @@ from kubetuner.artifacts import (
     write_artifact,
     write_rows,
 )
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections.steps import TrainSection
 from kubetuner.config.trainjob import TrainJobSettings, no_trainjob, trainjob_settings
 from kubetuner.digests import fingerprint
 from kubetuner.errors import InputError, TrainingError
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from kubetuner.data.latents import Maker
     from kubetuner.tracking import Run
     from kubetuner.training.checkpoints import LossPoint
+    from kubetuner.training.distributed.processes import Processes
     from kubetuner.training.loop import Job, Outcome
-    from kubetuner.training.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +81,8 @@ def train(
             several processes died.
         TerminatedError: SIGTERM arrived; run again to resume.
     """
-    from kubetuner.training.launch import launch, wanted_processes
-    from kubetuner.training.processes import joined
+    from kubetuner.training.distributed.launch import launch, wanted_processes
+    from kubetuner.training.distributed.processes import joined
 
     if (machines := _other_machines(section)) is not None:
         from kubetuner.steps.train_job import train_in_job
@@ -115,7 +115,7 @@ class Inputs:
 
 def _other_machines(section: TrainSection) -> TrainJobSettings | None:
     """The machines that are to train in place of this one, which is none of them."""
-    from kubetuner.training.launch import is_started
+    from kubetuner.training.distributed.launch import is_started
 
     if is_started():
         return None
@@ -264,7 +264,7 @@ def _job(section: TrainSection, inputs: Inputs, processes: "Processes", maker: "
 
 def _conclude(job: "Job", outcome: "Outcome", run: "Run") -> None:
     """Say and track what the whole of the training took."""
-    from kubetuner.training.memory import peak_memory_metric
+    from kubetuner.training.memory.peak import peak_memory_metric
 
     name = peak_memory_metric(job.device)
     metrics = {name: float(outcome.peak_memory_bytes)}

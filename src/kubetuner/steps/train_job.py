@@ -24,13 +24,13 @@ from kubetuner.artifacts import (
     write_artifact,
     write_text,
 )
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections.steps import TrainSection
 from kubetuner.config.trainjob import GUIDE, TrainJobSettings
 from kubetuner.digests import fingerprint, sha256_of
 from kubetuner.errors import ArtifactError, InputError, TrainingError
 from kubetuner.steps.train import Inputs, WorkerRequest
+from kubetuner.training.distributed.launch import ARGUMENT_FILE
 from kubetuner.training.interruption import StopRequest
-from kubetuner.training.launch import ARGUMENT_FILE
 from kubetuner.trainjob.cluster import Cluster
 from kubetuner.trainjob.follow import follow, submit
 from kubetuner.trainjob.manifest import left_behind, make_trainjob

@@ -1,6 +1,6 @@
 """What each node of a TrainJob runs: its processes, in the environment that Kubeflow Trainer gives to ``torchrun``.
 
-``torchrun`` itself is not used, as in one pod; see :mod:`kubetuner.training.launch`.
+``torchrun`` itself is not used, as in one pod; see :mod:`kubetuner.training.distributed.launch`.
 """
 
 import logging
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from kubetuner.errors import InputError
 from kubetuner.steps.train import WORKER_MODULE, WorkerRequest
-from kubetuner.training.failures import first_error, report, report_codes
-from kubetuner.training.launch import ARGUMENT_FILE, Group, run_workers, wanted_processes
+from kubetuner.training.distributed.failures import first_error, report, report_codes
+from kubetuner.training.distributed.launch import ARGUMENT_FILE, Group, run_workers, wanted_processes
 
 
 def main(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""One of the processes that ``train`` starts; see :mod:`kubetuner.training.launch`."""
+"""One of the processes that ``train`` starts; see :mod:`kubetuner.training.distributed.launch`."""
 
 import logging
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from kubetuner.errors import InputError, KubetunerError
 from kubetuner.steps.train import WorkerRequest, train
-from kubetuner.training.failures import report
-from kubetuner.training.launch import ARGUMENT_FILE
+from kubetuner.training.distributed.failures import report
+from kubetuner.training.distributed.launch import ARGUMENT_FILE
 
 
 def main(folder: Path) -> int:

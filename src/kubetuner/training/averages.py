@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from kubetuner.config.objective import EmaSettings
+from kubetuner.config.sections.objective import EmaSettings
 from kubetuner.errors import TrainingError
-from kubetuner.training.sharding import part, spread
+from kubetuner.training.distributed.sharding import part, spread
 
 
 class Averages:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections.steps import TrainSection
 from kubetuner.errors import InputError
 from kubetuner.families.attention import use_attention
 from kubetuner.families.base import Family

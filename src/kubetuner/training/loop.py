@@ -4,7 +4,7 @@ One optimizer step is: for each micro-step draw a batch, noise it, ask the denoi
 then clip, set the learning rate, step, and let the averages follow. Batches, noise and dropout depend on the seed and
 the step's number only (:mod:`kubetuner.training.randomness`), so weights, averages, the optimizer's state and that
 number are all that a checkpoint needs, and a resumed run has the losses of an uninterrupted one bit for bit. Several
-processes share the micro-steps of a step (:mod:`kubetuner.training.processes`).
+processes share the micro-steps of a step (:mod:`kubetuner.training.distributed.processes`).
 """
 
 import logging
@@ -16,23 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections.steps import TrainSection
 from kubetuner.errors import TrainingError
 from kubetuner.progress import Progress
 from kubetuner.training.averages import Averages
 from kubetuner.training.checkpoints import Checkpoints, LossPoint, Snapshot
 from kubetuner.training.compilation import Graphs, compiled
+from kubetuner.training.distributed.processes import ALONE, Processes
+from kubetuner.training.distributed.sharding import collect, collect_state, part, spread, spread_state
 from kubetuner.training.feed import Feed
 from kubetuner.training.interruption import StopRequest, TerminatedError
-from kubetuner.training.memory import peak_memory
+from kubetuner.training.memory.peak import peak_memory
 from kubetuner.training.meter import Log, Meter
 from kubetuner.training.nonfinite import Guard
 from kubetuner.training.objective import BatchSource, Objective, Question
 from kubetuner.training.optimizers import clip_gradients, make_optimizer, set_learning_rate
-from kubetuner.training.processes import ALONE, Processes
 from kubetuner.training.randomness import seed_dropout
 from kubetuner.training.schedules import learning_rate
-from kubetuner.training.sharding import collect, collect_state, part, spread, spread_state
 from kubetuner.training.taken import TakenStep
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Outcome:
     Attributes:
         steps: Optimizer steps taken.
         points: What was logged, from the first step on.
-        peak_memory_bytes: See :func:`~kubetuner.training.memory.peak_memory`; of this process, not of earlier ones.
+        peak_memory_bytes: See :func:`~kubetuner.training.memory.peak.peak_memory`; of this process alone.
         graphs: What torch.compile made; ``None`` without it.
     """
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections.steps import TrainSection
 from kubetuner.diffusion.rollout import probability
 from kubetuner.progress import Progress
 from kubetuner.training.averages import decay_after

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections.steps import TrainSection
 from kubetuner.errors import TrainingError
+from kubetuner.training.distributed.processes import ALONE, Processes
 from kubetuner.training.objective import Question
-from kubetuner.training.processes import ALONE, Processes
 from kubetuner.training.randomness import derive_seed
 from kubetuner.training.taken import TakenStep, what_is_not_finite
 

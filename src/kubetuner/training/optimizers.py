@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Adafactor, AdamW, Optimizer
 
 from kubetuner.config.optimizers import OPTIMIZERS, OptimizerName
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections.steps import TrainSection
 from kubetuner.errors import InputError
-from kubetuner.training.sharding import full
+from kubetuner.training.distributed.sharding import full
 
 _SIMPLE = {"adam_weight_decay": "weight_decay", "adam_epsilon": "eps"}
 _BNB = {"adamw": "AdamW", "adamw8bit": "AdamW8bit", "lion": "Lion", "lion8bit": "Lion8bit"}

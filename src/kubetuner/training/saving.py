@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from kubetuner.artifacts import PIPELINE_FOLDER
 from kubetuner.errors import TrainingError
 from kubetuner.training.denoiser import load_base, prepare_denoiser
+from kubetuner.training.distributed.sharding import collect
 from kubetuner.training.loop import Job
 from kubetuner.training.objective import Question
-from kubetuner.training.sharding import collect
 
 _ALLOWED_OF_EFFECT = 0.05
 _ALLOWED_ROUNDING = {True: 2e-2, False: 1e-4}

@@ -2,7 +2,7 @@
 
 import math
 
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections.steps import TrainSection
 
 
 def learning_rate(section: TrainSection, step: int, total_steps: int) -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kubetuner.errors import KubetunerError, TrainingError
-from kubetuner.training.failures import exit_codes, first_error, forget, known_error
+from kubetuner.training.distributed.failures import exit_codes, first_error, forget, known_error
 from kubetuner.training.interruption import StopRequest, TerminatedError
 from kubetuner.trainjob import pods as told
 from kubetuner.trainjob.cluster import Cluster, Json

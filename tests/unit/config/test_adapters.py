@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kubetuner.config.adapter_sections import LoraSettings
 from kubetuner.config.load import load
+from kubetuner.config.sections.adapter import LoraSettings
 from kubetuner.errors import ConfigError
 
 SDXL = {"model_type": "lora", "model_family": "sdxl", "max_train_steps": 1}

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from kubetuner.config.caption_sections import CaptionShuffle
 from kubetuner.config.load import load
+from kubetuner.config.sections.captions import CaptionShuffle
 from kubetuner.errors import ConfigError
 
 CONFIG = {"model_type": "full", "model_family": "sdxl", "seed": 9}

@@ -1,7 +1,7 @@
 import pytest
 
-from kubetuner.config.distribution import FsdpSettings
 from kubetuner.config.load import load
+from kubetuner.config.sections.distribution import FsdpSettings
 from kubetuner.errors import ConfigError
 
 DATA = [{"id": "a", "instance_data_dir": "pictures"}]

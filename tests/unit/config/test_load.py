@@ -4,7 +4,7 @@ import pytest
 
 from kubetuner.config.load import RunConfig, apply_overrides, load
 from kubetuner.config.prompts import INSTRUCTION
-from kubetuner.config.sections import Prompt, Sections
+from kubetuner.config.sections.steps import Prompt, Sections
 from kubetuner.errors import ConfigError
 
 PIXART = {

@@ -1,7 +1,7 @@
 import pytest
 
 from kubetuner.config.load import load
-from kubetuner.config.objective import EmaSettings, LossSettings, NoiseSettings, SchedulerChange, TimestepBias
+from kubetuner.config.sections.objective import EmaSettings, LossSettings, NoiseSettings, SchedulerChange, TimestepBias
 from kubetuner.errors import ConfigError
 
 DATA = [{"id": "a", "instance_data_dir": "pictures"}]

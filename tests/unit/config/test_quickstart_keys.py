@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kubetuner.config.load import RunConfig, load
-from kubetuner.config.sections import Sections
+from kubetuner.config.sections.steps import Sections
 from kubetuner.errors import ConfigError
 from tests.unit.config.test_load import LOKR, PIXART, SANA, SDXL, camera, sana_data
 

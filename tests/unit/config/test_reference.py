@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from kubetuner.config.key_notes import NOTES
 from kubetuner.config.keys import Key
 from kubetuner.config.load import load
 from kubetuner.config.reference import render
-from kubetuner.config.run_keys import RUN_SCHEMA
+from kubetuner.config.run_file.keys import RUN_SCHEMA
+from kubetuner.config.run_file.notes import NOTES
 from kubetuner.errors import ConfigError
 
 PAGE = Path(__file__).parents[3] / "docs" / "config.md"

@@ -1,7 +1,7 @@
 import pytest
 
 from kubetuner.config.load import load
-from kubetuner.config.objective import LossSettings, ReflexSettings, RolloutSettings
+from kubetuner.config.sections.objective import LossSettings, ReflexSettings, RolloutSettings
 from tests.unit.config.test_objective import DATA, problems_of, train_of
 
 P = "scheduled_sampling_"

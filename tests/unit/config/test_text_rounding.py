@@ -2,7 +2,7 @@ import pytest
 
 from kubetuner.config.load import load
 from kubetuner.config.precision import missing_library
-from kubetuner.config.sections import CacheTextSection, ModelRef, Sections
+from kubetuner.config.sections.steps import CacheTextSection, ModelRef, Sections
 from kubetuner.config.text_rounding import TextRounding
 from kubetuner.errors import ConfigError
 from kubetuner.steps.planning.machinery import library_problems

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kubetuner.artifacts import LatentsArtifact, read_artifact, write_artifact
-from kubetuner.config.sections import DatasetSampling, ModelRef, TrainSection
+from kubetuner.config.sections.steps import DatasetSampling, ModelRef, TrainSection
 from kubetuner.data import encoded_samples
 from kubetuner.data.batches import Batch, Batches
 from kubetuner.errors import ArtifactError, DatasetError

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kubetuner.config.caption_sections import CaptionShuffle, DatasetCaptions
+from kubetuner.config.sections.captions import CaptionShuffle, DatasetCaptions
 from kubetuner.data.caption_edits import edit_captions
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from kubetuner.config.source_sections import DatasetSource
+from kubetuner.config.sections.sources import DatasetSource
 from kubetuner.data.captions import CaptionError, captions_for
 from kubetuner.sources.base import Item
 from kubetuner.sources.local import LocalSource

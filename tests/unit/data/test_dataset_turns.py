@@ -15,7 +15,7 @@ from kubetuner.artifacts import (
     write_artifact,
     write_rows,
 )
-from kubetuner.config.sections import DatasetSampling, ModelRef, TrainSection
+from kubetuner.config.sections.steps import DatasetSampling, ModelRef, TrainSection
 from kubetuner.data.batches import Batches
 from kubetuner.errors import DatasetError
 from kubetuner.store import Store

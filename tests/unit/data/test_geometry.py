@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kubetuner.config.geometry_sections import Geometry
+from kubetuner.config.sections.geometry import Geometry
 from kubetuner.data.geometry import LeftOut, Placement, place, target_size
 
 CENTER = Geometry(crop_style="center")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kubetuner.config.geometry_sections import Geometry
+from kubetuner.config.sections.geometry import Geometry
 from kubetuner.data.geometry import Placement, place
 from kubetuner.data.masks import check_mask, misfit, pair, to_weights
 from kubetuner.data.pictures import PictureError, to_pixels

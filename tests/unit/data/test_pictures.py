@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from kubetuner.config.geometry_sections import Geometry
+from kubetuner.config.sections.geometry import Geometry
 from kubetuner.data.geometry import Placement, place
 from kubetuner.data.pictures import PictureError, check_picture, measure, open_picture, to_pixels
 

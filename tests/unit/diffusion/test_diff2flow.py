@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kubetuner.config.objective import LossSettings
+from kubetuner.config.sections.objective import LossSettings
 from kubetuner.diffusion.endpoints import clean_latents, flow, predicted_noise
 from kubetuner.diffusion.epsilon import EpsilonProcess
 

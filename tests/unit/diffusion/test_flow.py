@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from kubetuner.config.objective import FlowSchedule
+from kubetuner.config.sections.objective import FlowSchedule
 from kubetuner.diffusion.flow import AutoShift, FlowProcess
 
 

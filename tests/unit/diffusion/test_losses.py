@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kubetuner.config.objective import LossSettings, TimestepBias
+from kubetuner.config.sections.objective import LossSettings, TimestepBias
 from kubetuner.diffusion.epsilon import EpsilonProcess, timestep_weights
 from kubetuner.diffusion.flow import FlowProcess
 from kubetuner.diffusion.losses import huber_turns, sample_losses, snr_weights

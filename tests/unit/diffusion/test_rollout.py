@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from kubetuner.config.objective import RolloutSettings
+from kubetuner.config.sections.objective import RolloutSettings
 from kubetuner.diffusion.epsilon import EpsilonProcess
 from kubetuner.diffusion.flow import FlowProcess
 from kubetuner.diffusion.process import NoiseProcess

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from kubetuner.artifacts import LatentRow, ModelArtifact, ValidationImage
-from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRef, Prompt
+from kubetuner.config.sections.steps import CacheTextSection, EvaluateSection, ModelRef, Prompt
 from kubetuner.evaluation.held_out import HeldOut, HeldOutSample
 from kubetuner.families import load_family
 from pipelines.recipes.demo.models import build_pipeline, write_pipeline

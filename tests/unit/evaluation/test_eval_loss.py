@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from kubetuner.config.objective import ProcessSettings
-from kubetuner.config.sections import ModelRef
+from kubetuner.config.sections.objective import ProcessSettings
+from kubetuner.config.sections.steps import ModelRef
 from kubetuner.evaluation.eval_loss import BANDS, Measurement, band_of, evaluation_loss, noise_seed
 from kubetuner.evaluation.held_out import HeldOut
 from kubetuner.families import load_family

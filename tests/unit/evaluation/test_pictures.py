@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kubetuner.config.sections import EvaluateSection, Prompt
+from kubetuner.config.sections.steps import EvaluateSection, Prompt
 from kubetuner.evaluation.pictures import draw_shots, shots_of
 from kubetuner.families import load_family
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kubetuner.artifacts import EvaluationArtifact, ModelArtifact, ValidationImage, write_artifact
-from kubetuner.config.sections import EvaluateSection
+from kubetuner.config.sections.steps import EvaluateSection
 from kubetuner.evaluation.eval_loss import EvalLoss, LevelLoss
 from kubetuner.evaluation.report import (
     MAX_REPORT_BYTES,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.sections import ModelRef
+from kubetuner.config.sections.steps import ModelRef
 from pipelines.recipes.demo.models import FAMILIES, build_pipeline, write_pipeline
 
 

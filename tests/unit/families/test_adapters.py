@@ -9,9 +9,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.adapter_sections import LoraSettings
-from kubetuner.config.objective import ProcessSettings
-from kubetuner.config.sections import ModelRef
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.objective import ProcessSettings
+from kubetuner.config.sections.steps import ModelRef
 from kubetuner.errors import ArtifactError, InputError
 from kubetuner.families import Family, load_family
 

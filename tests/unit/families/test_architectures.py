@@ -3,7 +3,7 @@
 import pytest
 
 from kubetuner.config.models import OUTLINES
-from kubetuner.config.sections import ModelRef
+from kubetuner.config.sections.steps import ModelRef
 from kubetuner.families.architectures import PUBLISHED, outline_denoiser
 
 PUBLISHED_FLAVOURS = [(family, name) for family, outline in OUTLINES.items() for name in outline.flavours.values()]

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.sections import ModelRef
+from kubetuner.config.sections.steps import ModelRef
 from kubetuner.errors import InputError
 from kubetuner.families import load_family
 from kubetuner.families.attention import DispatchProcessor, use_attention

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kubetuner.config.sections import ModelRef
+from kubetuner.config.sections.steps import ModelRef
 from kubetuner.families import load_family
 from tests.unit.families.conftest import FAMILIES
 

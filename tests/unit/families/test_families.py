@@ -11,9 +11,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.adapter_sections import LoraSettings
-from kubetuner.config.objective import ProcessSettings
-from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRef
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.objective import ProcessSettings
+from kubetuner.config.sections.steps import CacheTextSection, EvaluateSection, ModelRef
 from kubetuner.errors import ArtifactError, InputError
 from kubetuner.families import Family, load_family
 

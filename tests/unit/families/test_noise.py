@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kubetuner.config.objective import FlowSchedule, ProcessSettings, SchedulerChange
-from kubetuner.config.sections import ModelRef
+from kubetuner.config.sections.objective import FlowSchedule, ProcessSettings, SchedulerChange
+from kubetuner.config.sections.steps import ModelRef
 from kubetuner.errors import InputError
 from kubetuner.families import load_family
 

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.objective import ProcessSettings
-from kubetuner.config.sections import CacheTextSection, ModelRef
+from kubetuner.config.sections.objective import ProcessSettings
+from kubetuner.config.sections.steps import CacheTextSection, ModelRef
 from kubetuner.errors import InputError
 from kubetuner.families.pixart_sigma import PixArtSigma, prepare
 

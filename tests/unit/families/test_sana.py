@@ -2,8 +2,8 @@ import pytest
 import torch
 from diffusers import SanaPipeline
 
-from kubetuner.config.objective import FlowSchedule, ProcessSettings
-from kubetuner.config.sections import CacheTextSection, ModelRef
+from kubetuner.config.sections.objective import FlowSchedule, ProcessSettings
+from kubetuner.config.sections.steps import CacheTextSection, ModelRef
 from kubetuner.families.sana import Sana
 
 FAMILY = Sana()

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.sections import CacheTextSection, ModelRef
+from kubetuner.config.sections.steps import CacheTextSection, ModelRef
 from kubetuner.families.sdxl import Sdxl
 
 FAMILY = Sdxl()

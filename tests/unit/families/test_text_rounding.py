@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kubetuner.config.precision import missing_library
-from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRef, Prompt
+from kubetuner.config.sections.steps import CacheTextSection, EvaluateSection, ModelRef, Prompt
 from kubetuner.config.text_rounding import TextRounding
 from kubetuner.errors import InputError
 from kubetuner.evaluation.compare import compare

@@ -1,6 +1,12 @@
 from kubetuner.artifacts import EvaluationArtifact, ModelArtifact
-from kubetuner.config.objective import EmaSettings, LossSettings, ReflexSettings, RolloutSettings, SchedulerChange
-from kubetuner.config.sections import ModelRef, PushSection, TrainSection
+from kubetuner.config.sections.objective import (
+    EmaSettings,
+    LossSettings,
+    ReflexSettings,
+    RolloutSettings,
+    SchedulerChange,
+)
+from kubetuner.config.sections.steps import ModelRef, PushSection, TrainSection
 from kubetuner.families import load_family
 from kubetuner.publishing.model_card import Usage, render_card
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from kubetuner.artifacts import Sample, read_rows
-from kubetuner.config.source_sections import CaptionTable
+from kubetuner.config.sections.sources import CaptionTable
 from kubetuner.errors import ConfigError, DatasetError
 from kubetuner.sources.base import Item
 from kubetuner.sources.captioned import identifiers, read_captions

@@ -15,7 +15,7 @@ from PIL import Image
 
 from kubetuner import google_storage
 from kubetuner.artifacts import Sample, read_rows
-from kubetuner.config.source_sections import DatasetSource, DownloadSection
+from kubetuner.config.sections.sources import DatasetSource, DownloadSection
 from kubetuner.errors import DatasetError
 from kubetuner.sources import base, gcs
 from kubetuner.sources.base import Listing

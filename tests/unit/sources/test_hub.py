@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from kubetuner.config.source_sections import DatasetSource, DownloadSection
+from kubetuner.config.sections.sources import DatasetSource, DownloadSection
 from kubetuner.errors import ConfigError, DatasetError
 from kubetuner.sources import base, parquet
 from kubetuner.sources.base import ItemError

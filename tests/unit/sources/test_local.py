@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kubetuner.config.source_sections import DatasetSource
+from kubetuner.config.sections.sources import DatasetSource
 from kubetuner.errors import DatasetError
 from kubetuner.sources.base import ItemError, Listing
 from kubetuner.sources.local import LocalSource

@@ -18,7 +18,7 @@ import pytest
 from botocore.config import Config
 from PIL import Image
 
-from kubetuner.config.source_sections import DatasetSource, DownloadSection
+from kubetuner.config.sections.sources import DatasetSource, DownloadSection
 from kubetuner.errors import DatasetError
 from kubetuner.sources import base, s3
 from kubetuner.sources.s3 import S3Source

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from kubetuner.artifacts import Sample, read_rows
-from kubetuner.config.source_sections import DatasetSource, DownloadSection
+from kubetuner.config.sections.sources import DatasetSource, DownloadSection
 from kubetuner.errors import DatasetError
 from kubetuner.sources import base
 from kubetuner.sources.base import ItemError, Listing

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kubetuner.config.sections import FamilyName, ModelRef
-from kubetuner.config.source_sections import DatasetSource, DownloadSection
+from kubetuner.config.sections.sources import DatasetSource, DownloadSection
+from kubetuner.config.sections.steps import FamilyName, ModelRef
 from kubetuner.steps.download_dataset import download_dataset
 from pipelines.recipes.demo.models import build_pipeline, write_pipeline
 

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from kubetuner.artifacts import DatasetArtifact, Sample, TextRow, read_rows
-from kubetuner.config.sections import CacheTextSection, ModelRef
-from kubetuner.config.source_sections import DatasetSource, DownloadSection
+from kubetuner.config.sections.sources import DatasetSource, DownloadSection
+from kubetuner.config.sections.steps import CacheTextSection, ModelRef
 from kubetuner.data.pictures import open_picture
 from kubetuner.errors import ConfigError
 from kubetuner.steps.cache_text_embeds import cache_text_embeds

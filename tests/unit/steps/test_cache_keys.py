@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from kubetuner.artifacts import LatentRow, LatentsArtifact, TextEmbedsArtifact, read_rows
-from kubetuner.config.sections import ModelRef, Sections
+from kubetuner.config.sections.steps import ModelRef, Sections
 from kubetuner.data.batches import Batch, Batches
 from kubetuner.errors import ConfigError
 from kubetuner.families import load_family

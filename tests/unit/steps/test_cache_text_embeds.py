@@ -18,7 +18,7 @@ from kubetuner.artifacts import (
     read_rows,
     verify_files,
 )
-from kubetuner.config.sections import CacheTextSection, ModelRef
+from kubetuner.config.sections.steps import CacheTextSection, ModelRef
 from kubetuner.data.shards import ShardReader
 from kubetuner.errors import ArtifactError
 from kubetuner.families import load_family

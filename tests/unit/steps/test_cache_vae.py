@@ -21,8 +21,8 @@ from kubetuner.artifacts import (
     read_rows,
     verify_files,
 )
-from kubetuner.config.geometry_sections import DatasetGeometry, Geometry
-from kubetuner.config.sections import CacheVaeSection, ModelRef
+from kubetuner.config.sections.geometry import DatasetGeometry, Geometry
+from kubetuner.config.sections.steps import CacheVaeSection, ModelRef
 from kubetuner.data.geometry import Placement
 from kubetuner.data.pictures import open_picture, to_pixels
 from kubetuner.data.shards import ShardReader

@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from kubetuner.artifacts import DatasetArtifact, Sample, read_artifact, read_rows, verify_files
-from kubetuner.config.source_sections import DatasetSource, DownloadSection
+from kubetuner.config.sections.sources import DatasetSource, DownloadSection
 from kubetuner.digests import fingerprint, sha256_of
 from kubetuner.errors import ArtifactError, DatasetError
 from kubetuner.sources.local import LocalSource

@@ -22,8 +22,8 @@ from kubetuner.artifacts import (
     write_artifact,
     write_rows,
 )
-from kubetuner.config.adapter_sections import LoraSettings
-from kubetuner.config.sections import CacheTextSection, EvaluateSection, ModelRef, Prompt
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.steps import CacheTextSection, EvaluateSection, ModelRef, Prompt
 from kubetuner.errors import ArtifactError
 from kubetuner.families import load_family
 from kubetuner.steps.evaluate import evaluate

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from kubetuner.artifacts import LatentRow, LatentsArtifact, ModelArtifact, Sample, TensorSpec, read_rows
-from kubetuner.config.adapter_sections import LoraSettings
-from kubetuner.config.geometry_sections import DatasetGeometry, Geometry
-from kubetuner.config.sections import CacheTextSection, CacheVaeSection, DatasetSampling, ModelRef, TrainSection
-from kubetuner.config.source_sections import DatasetSource, DownloadSection, MaskSource
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.geometry import DatasetGeometry, Geometry
+from kubetuner.config.sections.sources import DatasetSource, DownloadSection, MaskSource
+from kubetuner.config.sections.steps import CacheTextSection, CacheVaeSection, DatasetSampling, ModelRef, TrainSection
 from kubetuner.data.batches import Batches
 from kubetuner.data.geometry import Placement
 from kubetuner.data.masks import to_weights

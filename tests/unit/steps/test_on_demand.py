@@ -14,7 +14,7 @@ from PIL import Image
 
 from kubetuner.artifacts import LatentRow, LatentsArtifact, Sample, TextEmbedsArtifact, read_artifact, read_rows
 from kubetuner.cli.step import run_step
-from kubetuner.config.sections import FamilyName, ModelRef, Sections
+from kubetuner.config.sections.steps import FamilyName, ModelRef, Sections
 from kubetuner.data import kept_latents
 from kubetuner.data.batches import Batch, Batches
 from kubetuner.errors import ArtifactError, InputError

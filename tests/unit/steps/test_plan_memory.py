@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from kubetuner.config.sections import ModelRef
+from kubetuner.config.sections.steps import ModelRef
 from kubetuner.errors import InputError
 from kubetuner.steps.plan import Plan, make_plan
 from kubetuner.steps.planning.memory import CARD, GIB, smallest_card

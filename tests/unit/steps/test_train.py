@@ -24,10 +24,17 @@ from kubetuner.artifacts import (
     write_artifact,
     write_rows,
 )
-from kubetuner.config.adapter_sections import LoraSettings
 from kubetuner.config.compilation import CompileSettings
-from kubetuner.config.objective import EmaSettings, LossSettings, RolloutSettings, SchedulerChange
-from kubetuner.config.sections import DatasetSampling, EvaluateSection, ModelRef, Prompt, PushSection, TrainSection
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.objective import EmaSettings, LossSettings, RolloutSettings, SchedulerChange
+from kubetuner.config.sections.steps import (
+    DatasetSampling,
+    EvaluateSection,
+    ModelRef,
+    Prompt,
+    PushSection,
+    TrainSection,
+)
 from kubetuner.errors import ArtifactError, InputError
 from kubetuner.families import load_family
 from kubetuner.steps.evaluate import evaluate

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from kubetuner.artifacts import ModelArtifact, describe_file, read_artifact, verify_files, write_artifact
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections.steps import TrainSection
 from kubetuner.config.trainjob import TrainJobSettings
 from kubetuner.errors import ArtifactError, InputError
 from kubetuner.steps.train import WorkerRequest, train
 from kubetuner.steps.train_job import _fetch
 from kubetuner.steps.train_node import group_of
 from kubetuner.steps.train_node import main as node_main
-from kubetuner.training.failures import exit_codes, known_error
+from kubetuner.training.distributed.failures import exit_codes, known_error
+from kubetuner.training.distributed.launch import Group
 from kubetuner.training.interruption import TerminatedError
-from kubetuner.training.launch import Group
 from kubetuner.trainjob import cluster as clusters
 from kubetuner.trainjob import follow as following
 from kubetuner.trainjob.cluster import Json

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from kubetuner.artifacts import ModelArtifact, read_artifact, read_rows, verify_files
-from kubetuner.config.distribution import FsdpSettings
-from kubetuner.config.objective import EmaSettings
+from kubetuner.config.sections.distribution import FsdpSettings
+from kubetuner.config.sections.objective import EmaSettings
 from kubetuner.errors import ArtifactError
 from kubetuner.steps.train import _checkpoints, train
 from kubetuner.training.checkpoints import LossPoint
+from kubetuner.training.distributed.processes import ALONE as ALONE_HERE
 from kubetuner.training.interruption import TerminatedError
-from kubetuner.training.processes import ALONE as ALONE_HERE
 from tests.unit.steps.test_train import _caches, _local, _section  # noqa: F401 - the fixture is used by being here
 
 TWO = {"num_train_processes": 2, "gradient_accumulation_steps": 1}

@@ -9,7 +9,7 @@ from PIL import Image
 
 from kubetuner.artifacts import LatentsArtifact, ModelArtifact, ShardEntry, TextEmbedsArtifact
 from kubetuner.cli import main as command
-from kubetuner.config.sections import Sections
+from kubetuner.config.sections.steps import Sections
 from kubetuner.errors import ArtifactError, ConfigError
 from kubetuner.evaluation.held_out import read_held_out
 from kubetuner.steps import cache_text_embeds as texts_step

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.adapter_sections import LoraSettings
-from kubetuner.config.sections import DatasetSampling, ModelRef, TrainSection
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.steps import DatasetSampling, ModelRef, TrainSection
 from kubetuner.families import load_family
 from kubetuner.families.base import Named
 from kubetuner.training.denoiser import prepare_denoiser

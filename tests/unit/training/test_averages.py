@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from kubetuner.config.objective import EmaSettings
+from kubetuner.config.sections.objective import EmaSettings
 from kubetuner.errors import TrainingError
 from kubetuner.training.averages import Averages, decay_after
 

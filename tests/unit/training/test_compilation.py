@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from kubetuner.config.adapter_sections import LoraSettings
 from kubetuner.config.compilation import CompileSettings, missing_compiler
-from kubetuner.config.objective import EmaSettings
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.objective import EmaSettings
 from kubetuner.errors import InputError
 from kubetuner.families.text import PAD_TO_COMPILED
 from kubetuner.training.checkpoints import Checkpoints

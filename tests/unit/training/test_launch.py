@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kubetuner.config.sections import DatasetSampling, ModelRef, TrainSection
+from kubetuner.config.sections.steps import DatasetSampling, ModelRef, TrainSection
 from kubetuner.errors import TrainingError
 from kubetuner.training import launch as launching
+from kubetuner.training.distributed.launch import launch, wanted_processes
 from kubetuner.training.interruption import TerminatedError
-from kubetuner.training.launch import launch, wanted_processes
 
 WORKER = "tests.unit.training.worker"
 

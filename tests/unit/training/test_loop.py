@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kubetuner.config.objective import (
+from kubetuner.config.sections.objective import (
     EmaSettings,
     FlowSchedule,
     LossSettings,

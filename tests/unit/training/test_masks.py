@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kubetuner.config.objective import LossSettings, NoiseSettings
+from kubetuner.config.sections.objective import LossSettings, NoiseSettings
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.interruption import TerminatedError
 from kubetuner.training.loop import Job, train_denoiser
-from kubetuner.training.masks import draw_masks
+from kubetuner.training.objective.masks import draw_masks
 from tests.unit.training.conftest import RandomBatches, Setup
 
 FAMILIES = ("pixart_sigma", "sdxl", "sana")

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from kubetuner.config.adapter_sections import LoraSettings
-from kubetuner.config.objective import EmaSettings
 from kubetuner.config.precision import missing_library
-from kubetuner.config.sections import DatasetSampling, TrainSection
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.objective import EmaSettings
+from kubetuner.config.sections.steps import DatasetSampling, TrainSection
 from kubetuner.errors import InputError
 from kubetuner.families import load_family
 from kubetuner.training.denoiser import prepare_denoiser
-from kubetuner.training.gpu_rules import GpuRules
-from kubetuner.training.memory_prediction import Memory, Predictor, Shapes
+from kubetuner.training.memory.gpu_rules import GpuRules
+from kubetuner.training.memory.prediction import Memory, Predictor, Shapes
 from tests.unit.training.conftest import Setup
 
 FAMILIES = ("pixart_sigma", "sdxl", "sana")

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from kubetuner.config.objective import NoiseSettings
-from kubetuner.training.noise import draw_noise
+from kubetuner.config.sections.objective import NoiseSettings
+from kubetuner.training.objective.noise import draw_noise
 
 SHAPE = (2, 4, 64, 64)
 

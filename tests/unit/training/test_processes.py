@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kubetuner.training.launch import launch
+from kubetuner.training.distributed.launch import launch
 from tests.unit.training.conftest import Setup
 from tests.unit.training.together import CASES, train_case
 

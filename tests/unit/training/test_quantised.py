@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kubetuner.config.adapter_sections import LoraSettings
 from kubetuner.config.precision import missing_library
+from kubetuner.config.sections.adapter import LoraSettings
 from kubetuner.errors import InputError, TrainingError
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.loop import train_denoiser

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kubetuner.config.adapter_sections import LoraSettings
-from kubetuner.config.objective import LossSettings, NoiseSettings, TimestepBias
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.objective import LossSettings, NoiseSettings, TimestepBias
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.loop import Job, train_denoiser
 from tests.unit.training.conftest import RandomBatches, Setup

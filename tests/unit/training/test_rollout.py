@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kubetuner.config.objective import LossSettings, ReflexSettings, RolloutSettings
+from kubetuner.config.sections.objective import LossSettings, ReflexSettings, RolloutSettings
 from kubetuner.diffusion.reflex import emphasis, turning
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.loop import Job, train_denoiser
 from kubetuner.training.objective import Question
-from kubetuner.training.rollout import draw_steps
+from kubetuner.training.objective.rollout import draw_steps
 from tests.unit.training.conftest import RandomBatches, Setup
 
 FAMILIES = ("pixart_sigma", "sdxl", "sana")

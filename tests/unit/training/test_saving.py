@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kubetuner.config.adapter_sections import LoraSettings
-from kubetuner.config.sections import ModelRef
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.steps import ModelRef
 from kubetuner.errors import TrainingError
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.loop import Job, train_denoiser

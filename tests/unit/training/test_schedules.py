@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup, get_scheduler
 
-from kubetuner.config.sections import DatasetSampling, ModelRef, TrainSection
+from kubetuner.config.sections.steps import DatasetSampling, ModelRef, TrainSection
 from kubetuner.training.schedules import learning_rate
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning")

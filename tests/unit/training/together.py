@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kubetuner.config.adapter_sections import LoraSettings
-from kubetuner.config.distribution import FsdpSettings
-from kubetuner.config.objective import EmaSettings
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.distribution import FsdpSettings
+from kubetuner.config.sections.objective import EmaSettings
 from kubetuner.errors import TrainingError
 from kubetuner.training.checkpoints import Checkpoints
+from kubetuner.training.distributed.processes import ALONE, Processes, joined, of_group
 from kubetuner.training.loop import train_denoiser
-from kubetuner.training.processes import ALONE, Processes, joined, of_group
 from kubetuner.training.saving import gathered
 from tests.unit.training.conftest import RandomBatch, RandomBatches, Setup
 

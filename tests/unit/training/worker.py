@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from kubetuner.errors import TrainingError
-from kubetuner.training.failures import report
+from kubetuner.training.distributed.failures import report
 from kubetuner.training.interruption import TerminatedError
 
 

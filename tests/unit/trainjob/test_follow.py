@@ -9,7 +9,7 @@ import pytest
 
 from kubetuner.config.trainjob import TrainJobSettings
 from kubetuner.errors import DatasetError, TrainingError
-from kubetuner.training.failures import report, report_codes
+from kubetuner.training.distributed.failures import report, report_codes
 from kubetuner.training.interruption import StopRequest, TerminatedError
 from kubetuner.trainjob.cluster import Cluster, Json
 from kubetuner.trainjob.follow import follow, submit

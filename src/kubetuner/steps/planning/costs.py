@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kubetuner.config.caption_sections import DatasetCaptions
 from kubetuner.config.models import OUTLINES
 from kubetuner.config.optimizers import OPTIMIZERS
 from kubetuner.config.precision import BYTES
-from kubetuner.config.sections import ModelRef, Sections
+from kubetuner.config.sections.captions import DatasetCaptions
+from kubetuner.config.sections.steps import ModelRef, Sections
 from kubetuner.steps.planning.datasets import Measured
 
 # float32 weights and gradients.

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from kubetuner.config.data import PictureData
+from kubetuner.config.data_file.entries import PictureData
 from kubetuner.config.schedule import stages
-from kubetuner.config.sections import TrainSection
-from kubetuner.config.source_sections import DatasetSource
+from kubetuner.config.sections.sources import DatasetSource
+from kubetuner.config.sections.steps import TrainSection
 from kubetuner.errors import DatasetError, Problem, on_one_line
 from kubetuner.progress import Progress
 from kubetuner.sources.base import HEADER_BYTES, Item, ItemError, Listing, Source, named

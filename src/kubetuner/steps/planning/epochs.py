@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from kubetuner.config.data_sampling import Epochs
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.data_file.sampling import Epochs
+from kubetuner.config.sections.steps import TrainSection
 from kubetuner.errors import Problem
 from kubetuner.steps.planning.datasets import Measured, drawn_per_epoch
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from kubetuner.config.attention import PACKAGES, is_installed
 from kubetuner.config.compilation import missing_compiler
 from kubetuner.config.precision import missing_library
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections.steps import TrainSection
 from kubetuner.config.text_rounding import TextRounding
 from kubetuner.config.trainjob import TRAINJOB_VARIABLE, no_trainjob, trainjob_settings
 from kubetuner.errors import ArtifactError, InputError, Problem

@@ -5,8 +5,8 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kubetuner.config.data_masks import MaskData
-from kubetuner.config.source_sections import MaskSource
+from kubetuner.config.data_file.masks import MaskData
+from kubetuner.config.sections.sources import MaskSource
 from kubetuner.errors import DatasetError, Problem, on_one_line
 from kubetuner.sources.base import Item, Listing, Source, named
 from kubetuner.sources.switch import located, open_source

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 from kubetuner.config.models import OUTLINES
 from kubetuner.config.optimizers import OPTIMIZERS
 from kubetuner.config.precision import unroundable
-from kubetuner.config.sections import Sections, TrainSection
+from kubetuner.config.sections.steps import Sections, TrainSection
 from kubetuner.errors import InputError
 from kubetuner.steps.planning.costs import vae_shape
 from kubetuner.steps.planning.datasets import Measured, kept_buckets
 
 if TYPE_CHECKING:
-    from kubetuner.training.memory_prediction import Memory
+    from kubetuner.training.memory.prediction import Memory
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def forecast(sections: Sections, measured: Sequence[Measured]) -> Forecast:
     train = sections.train
     if train.fsdp is not None:
         return Forecast(reason="weights that processes share out (fsdp_enable) are not predicted yet.", card=card)
-    from kubetuner.training.memory_prediction import Predictor, Shapes
+    from kubetuner.training.memory.prediction import Predictor, Shapes
 
     factor, channels = vae_shape(train.model)
     width, height = _largest(measured, train)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kubetuner.config.adapter_sections import LoraSettings
-from kubetuner.config.sections import ModelRef, Sections
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.steps import ModelRef, Sections
 from kubetuner.digests import canonical_json, sha256_of
 from kubetuner.errors import Problem
 

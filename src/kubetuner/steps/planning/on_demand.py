@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kubetuner.config.sections import Sections
+from kubetuner.config.sections.steps import Sections
 from kubetuner.steps.planning.datasets import Measured
 
 _KEPT = (

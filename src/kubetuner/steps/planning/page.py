@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from kubetuner.config.load import RunConfig
 from kubetuner.config.schedule import stages, weights
-from kubetuner.config.sections import Sections, TrainSection
+from kubetuner.config.sections.steps import Sections, TrainSection
 from kubetuner.errors import on_one_line
 from kubetuner.steps.planning.costs import Costs
 from kubetuner.steps.planning.datasets import Measured, drawn_per_epoch, kept_buckets

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kubetuner.config.keys import Values
-from kubetuner.config.sections import DatasetSampling
+from kubetuner.config.sections.steps import DatasetSampling
 from kubetuner.errors import Problem
 
 _TRAINING_ONLY = ("probability", "start_step", "end_step", "start_epoch", "end_epoch", "is_regularisation_data")

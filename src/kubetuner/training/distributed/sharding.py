@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kubetuner.config.distribution import FsdpSettings
+from kubetuner.config.sections.distribution import FsdpSettings
 from kubetuner.errors import InputError
 
 

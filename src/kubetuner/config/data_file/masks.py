@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from kubetuner.config.data_sources import read_storage
+from kubetuner.config.data_file.sources import read_storage
 from kubetuner.config.keys import Values
-from kubetuner.config.source_sections import DatasetSource, MaskSource
+from kubetuner.config.sections.sources import DatasetSource, MaskSource
 from kubetuner.errors import Problem
 
 _PLACE = "conditioning_data"

@@ -1,7 +1,7 @@
 """The keys of a picture entry that say when its latents are made."""
 
-from kubetuner.config.geometry_sections import VaeCache
 from kubetuner.config.keys import Values
+from kubetuner.config.sections.geometry import VaeCache
 from kubetuner.errors import Problem
 
 

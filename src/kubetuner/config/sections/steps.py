@@ -9,12 +9,14 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from kubetuner.config.adapter_sections import LoraSettings
-from kubetuner.config.caption_sections import DatasetCaptions
 from kubetuner.config.compilation import CompileSettings
-from kubetuner.config.distribution import FsdpSettings
-from kubetuner.config.geometry_sections import DatasetGeometry
-from kubetuner.config.objective import (
+from kubetuner.config.optimizers import OptimizerName, Option
+from kubetuner.config.sections.adapter import LoraSettings
+from kubetuner.config.sections.base import Section
+from kubetuner.config.sections.captions import DatasetCaptions
+from kubetuner.config.sections.distribution import FsdpSettings
+from kubetuner.config.sections.geometry import DatasetGeometry
+from kubetuner.config.sections.objective import (
     EmaSettings,
     FlowSchedule,
     LossSettings,
@@ -24,9 +26,7 @@ from kubetuner.config.objective import (
     SchedulerChange,
     TimestepBias,
 )
-from kubetuner.config.optimizers import OptimizerName, Option
-from kubetuner.config.section import Section
-from kubetuner.config.source_sections import DownloadSection
+from kubetuner.config.sections.sources import DownloadSection
 from kubetuner.config.text_rounding import TextRounding
 
 FamilyName = Literal["pixart_sigma", "sdxl", "sana"]

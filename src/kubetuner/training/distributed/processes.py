@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kubetuner.config.sections import TrainSection
-from kubetuner.training.sharding import shard
+from kubetuner.config.sections.steps import TrainSection
+from kubetuner.training.distributed.sharding import shard
 
 T = TypeVar("T")
 

@@ -1,8 +1,8 @@
 """The keys of ``config.json`` for training on several GPUs, and what of the rest goes together with them."""
 
-from kubetuner.config.distribution import FsdpSettings
 from kubetuner.config.keys import Key, Later, Rule, Unneeded, Values
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections.distribution import FsdpSettings
+from kubetuner.config.sections.steps import TrainSection
 from kubetuner.errors import Problem
 
 _WRAP, _NO_WRAP = "TRANSFORMER_BASED_WRAP", "NO_WRAP"

@@ -6,19 +6,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from kubetuner.config.caption_sections import DatasetCaptions
-from kubetuner.config.data_caching import read_vae_cache
-from kubetuner.config.data_captions import read_filters, read_shuffle
-from kubetuner.config.data_crops import read_crop
-from kubetuner.config.data_keys import LATENTS_SCHEMA, MASK_SCHEMA, PICTURE_SCHEMA, TEXT_SCHEMA
-from kubetuner.config.data_masks import MaskData, MaskLinks
-from kubetuner.config.data_parquet import read_caption_table
-from kubetuner.config.data_sampling import Epochs, read_epochs, read_sampling
-from kubetuner.config.data_sources import flatten_hub, read_storage
-from kubetuner.config.geometry_sections import DatasetGeometry, Geometry
+from kubetuner.config.data_file.caching import read_vae_cache
+from kubetuner.config.data_file.captions import read_filters, read_shuffle
+from kubetuner.config.data_file.crops import read_crop
+from kubetuner.config.data_file.keys import LATENTS_SCHEMA, MASK_SCHEMA, PICTURE_SCHEMA, TEXT_SCHEMA
+from kubetuner.config.data_file.masks import MaskData, MaskLinks
+from kubetuner.config.data_file.parquet import read_caption_table
+from kubetuner.config.data_file.sampling import Epochs, read_epochs, read_sampling
+from kubetuner.config.data_file.sources import flatten_hub, read_storage
 from kubetuner.config.keys import Values, plain_name, read
-from kubetuner.config.sections import DatasetSampling
-from kubetuner.config.source_sections import DatasetSource
+from kubetuner.config.sections.captions import DatasetCaptions
+from kubetuner.config.sections.geometry import DatasetGeometry, Geometry
+from kubetuner.config.sections.sources import DatasetSource
+from kubetuner.config.sections.steps import DatasetSampling
 from kubetuner.errors import Problem
 
 _ALIGNMENTS = (8, 16, 24, 32, 64)

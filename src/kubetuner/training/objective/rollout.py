@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kubetuner.config.objective import RolloutSettings
+from kubetuner.config.sections.objective import RolloutSettings
 from kubetuner.diffusion.process import NoiseProcess, NoisySample
 from kubetuner.diffusion.reflex import emphasis, turning
 from kubetuner.diffusion.rollout import Ask, Departure, offsets, probability, roll_out

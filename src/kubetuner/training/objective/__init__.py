@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from kubetuner.artifacts import LatentRow
-from kubetuner.config.objective import NoiseSettings, RolloutSettings
+from kubetuner.config.sections.objective import NoiseSettings, RolloutSettings
 from kubetuner.diffusion.process import NoiseProcess, NoisySample
 from kubetuner.diffusion.rollout import Departure, depart
 from kubetuner.families.base import Family, Named
 from kubetuner.families.lora import without_adapter
 from kubetuner.families.text import PAD_TO
-from kubetuner.training.masks import draw_masks
-from kubetuner.training.noise import draw_noise
+from kubetuner.training.objective.masks import draw_masks
+from kubetuner.training.objective.noise import draw_noise
+from kubetuner.training.objective.rollout import arrival_losses, arrive, as_in_inference, draw_steps
 from kubetuner.training.randomness import generator
-from kubetuner.training.rollout import arrival_losses, arrive, as_in_inference, draw_steps
 
 
 class Batch(Protocol):

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Mapping
 
-from kubetuner.config.data_keys import CAPTION_TABLE_SCHEMA
+from kubetuner.config.data_file.keys import CAPTION_TABLE_SCHEMA
 from kubetuner.config.keys import Values, read
-from kubetuner.config.source_sections import CaptionTable
+from kubetuner.config.sections.sources import CaptionTable
 from kubetuner.errors import Problem
 
 _TYPES = ("local", "gcs", "aws")

@@ -1,4 +1,4 @@
-"""The keys of ``config.json`` that are used; see :mod:`kubetuner.config.later_keys` for the others SimpleTuner has.
+"""The keys of ``config.json`` that are used; see :mod:`kubetuner.config.run_file.later` for the others SimpleTuner has.
 
 Defaults are the sections' own. Where they differ from SimpleTuner's:
 
@@ -14,13 +14,13 @@ Defaults are the sections' own. Where they differ from SimpleTuner's:
 """
 
 from kubetuner.config import attention, precision
-from kubetuner.config.adapters import LOFTQ
 from kubetuner.config.compilation import COMPILATION_RULES
-from kubetuner.config.distribution_keys import DISTRIBUTION_RULES
 from kubetuner.config.keys import Alias, Key, Rule, Schema, Unneeded, one_of
-from kubetuner.config.later_keys import FOREIGN, LATER, LATER_OPTIMIZERS
-from kubetuner.config.objective_keys import OBJECTIVE_RULES
 from kubetuner.config.optimizers import OPTIMIZERS
+from kubetuner.config.run_file.adapters import LOFTQ
+from kubetuner.config.run_file.distribution import DISTRIBUTION_RULES
+from kubetuner.config.run_file.later import FOREIGN, LATER, LATER_OPTIMIZERS
+from kubetuner.config.run_file.objective import OBJECTIVE_RULES
 from kubetuner.config.text_rounding import MOST_ENCODERS, text_precision_key
 
 _PRECISION = Key("str", one_of(*precision.PRECISIONS), later=precision.LATER, refused=precision.REFUSED)

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from kubetuner.config.optimizers import OPTIMIZERS
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections.steps import TrainSection
 from kubetuner.families import load_family
 from kubetuner.families.architectures import outline_denoiser
 from kubetuner.families.base import Family
 from kubetuner.families.quantised_outlines import outline_quantised
 from kubetuner.training.denoiser import choose_trained
-from kubetuner.training.gpu_rules import GpuRules
-from kubetuner.training.ledger import Ledger
+from kubetuner.training.memory.gpu_rules import GpuRules
+from kubetuner.training.memory.ledger import Ledger
 from kubetuner.training.recompute import recompute_activations
 
 _WORKSPACE = 32 * 2**20

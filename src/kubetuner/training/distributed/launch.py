@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kubetuner
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections.steps import TrainSection
 from kubetuner.errors import InputError
-from kubetuner.training.failures import first_error
+from kubetuner.training.distributed.failures import first_error
 from kubetuner.training.interruption import StopRequest
 from kubetuner.training.threads import available_cpus
 
@@ -61,7 +61,7 @@ def launch(module: str, argument: str, count: int) -> None:
 
     Args:
         module: Finds ``argument`` in the file that is its first argument, and calls
-            :func:`~kubetuner.training.failures.report` on failure.
+            :func:`~kubetuner.training.distributed.failures.report` on failure.
         argument: Any text.
         count: Processes.
 

@@ -3,7 +3,7 @@
 import math
 
 from kubetuner.config.keys import Values
-from kubetuner.config.sections import TrainSection
+from kubetuner.config.sections.steps import TrainSection
 from kubetuner.errors import Problem
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kubetuner.config.objective import NoiseSettings
+from kubetuner.config.sections.objective import NoiseSettings
 from kubetuner.training.randomness import generator
 
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from kubetuner.config.section import Section
+from kubetuner.config.sections.base import Section
 
 FULL_MATRIX_RANK = 10000
 """A LoKr's ``linear_dim`` by which LyCORIS users mean blocks without decomposition: larger than any block."""

@@ -5,7 +5,7 @@ Names are SimpleTuner's keys; what each family can use is decided in :mod:`kubet
 
 from typing import Literal
 
-from kubetuner.config.section import Section
+from kubetuner.config.sections.base import Section
 
 Prediction = Literal["epsilon", "v_prediction"]
 Spacing = Literal["leading", "linspace", "trailing"]

@@ -1,6 +1,6 @@
 """How the processes of a training run share the weights."""
 
-from kubetuner.config.section import Section
+from kubetuner.config.sections.base import Section
 
 
 class FsdpSettings(Section):

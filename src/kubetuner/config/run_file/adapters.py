@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kubetuner.config.adapter_sections import FULL_MATRIX_RANK, LoraSettings
 from kubetuner.config.keys import Key, Later, Rule, Schema, Unneeded, Values, one_of, read
+from kubetuner.config.sections.adapter import FULL_MATRIX_RANK, LoraSettings
 from kubetuner.errors import Problem
 
 LORA_KEYS = (

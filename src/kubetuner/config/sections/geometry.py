@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from kubetuner.config.section import Section
+from kubetuner.config.sections.base import Section
 
 VaeCache = Literal["ahead", "ondemand", "disabled"]
 

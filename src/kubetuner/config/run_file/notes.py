@@ -1,7 +1,7 @@
 """What each key of ``config.json`` means, its default, and where SimpleTuner differs; ``docs/config.md`` is made of it.
 
-Keys are those of :data:`kubetuner.config.run_keys.RUN_SCHEMA` that are used. What a default does is decided where the
-key is read; a test holds that setting a key to the default given here changes nothing.
+Keys are those of :data:`kubetuner.config.run_file.keys.RUN_SCHEMA` that are used. What a default does is decided where
+the key is read; a test holds that setting a key to the default given here changes nothing.
 """
 
 from collections.abc import Mapping

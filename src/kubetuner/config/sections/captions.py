@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from kubetuner.config.section import Section
+from kubetuner.config.sections.base import Section
 
 
 class CaptionShuffle(Section):
@@ -29,7 +29,7 @@ class DatasetCaptions(Section):
     Attributes:
         id: The dataset.
         filters: ``caption_filter_list`` of its ``text_embeds`` entry, in order; see
-            :mod:`kubetuner.config.caption_filters`.
+            :mod:`kubetuner.config.data_file.caption_filters`.
         shuffle: ``None`` for none.
     """
 

@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from kubetuner.config.caption_filters import parse_filter
-from kubetuner.config.caption_sections import CaptionShuffle
+from kubetuner.config.data_file.caption_filters import parse_filter
 from kubetuner.config.keys import Key, Schema, Values, one_of, read
+from kubetuner.config.sections.captions import CaptionShuffle
 from kubetuner.errors import Problem
 
 _SHUFFLE_SCHEMA = Schema(

@@ -1,0 +1,1 @@
+"""``multidatabackend.json``: its entries, their keys, and the checks between them."""

@@ -1,0 +1,1 @@
+"""``config.json``: its keys, what each means, and the checks between them."""

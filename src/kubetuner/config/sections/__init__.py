@@ -1,0 +1,1 @@
+"""What each step receives: frozen, strict, and canonical as JSON."""

@@ -1,0 +1,1 @@
+"""Several processes train one model: started, taking turns, sharing weights, failing as one."""

@@ -1,0 +1,1 @@
+"""Memory of training: predicted before a GPU is asked for, and measured while it runs."""
