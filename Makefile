@@ -11,6 +11,7 @@ export OMP_WAIT_POLICY := PASSIVE
 FAMILY ?= sana
 OUT    ?= runs/demo
 DEMO   := pipelines/recipes/demo
+JOBS   ?= 2
 
 ##@ Everyday
 .PHONY: help setup demo test check lint
@@ -21,7 +22,7 @@ setup: $(READY)  ## Make .venv with the pinned packages
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,quantised,dev]'
 	touch $@
 
 demo: $(READY)  ## Run the whole pipeline on tiny models here (FAMILY=sdxl|pixart_sigma|sana, FROM_SCRATCH=1)
@@ -32,8 +33,8 @@ else
 	$(BIN)/kubetuner run --config $(DEMO)/$(FAMILY).json --out $(OUT)
 endif
 
-test: $(READY)  ## Run the whole suite
-	$(BIN)/python -m pytest
+test: $(READY)  ## Run the whole suite (JOBS=2 files at a time)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 check: lint test  ## Lint, types, layers and the suite
 

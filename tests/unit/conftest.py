@@ -1,6 +1,7 @@
 """Child processes that may be killed."""
 
 import os
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -24,3 +25,10 @@ def fork(work: Callable[[], object]) -> int:
 def wait(child: int) -> int:
     """The child's exit code; below 0 for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def fetchers_end() -> None:
+    """Wait until nothing is fetched in the background any more."""
+    for thread in threading.enumerate():
+        if thread.name == "kubetuner-fetch":
+            thread.join(10)

@@ -105,7 +105,7 @@ class Mirror:
             try:
                 if self.path(file).exists():
                     date(self.path(file), self.path(file).stem)  # Used soon: not the one to remove now.
-                self._fetch(file)
+                self._fetch(file, ahead=True)
             except (ArtifactError, DamagedError) as error:
                 # Whoever needs the shard fetches it again and tells what is wrong.
                 logger.info("fetching %s ahead failed: %s", file, error)
@@ -132,8 +132,11 @@ class Mirror:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         return lease if os.fstat(descriptor).st_nlink else None
 
-    def _fetch(self, file: str) -> None:
-        """Fetch the shard unless it is here, or wait until another thread or process has."""
+    def _fetch(self, file: str, *, ahead: bool = False) -> None:
+        """Fetch the shard unless it is here, or wait until another thread or process has.
+
+        ``ahead`` of its use it is left where it is when those in use leave no room.
+        """
         path = self.path(file)
         part = path.with_suffix(".part")
         while not path.exists():
@@ -144,16 +147,18 @@ class Mirror:
                     continue  # Renamed or removed between opening and locking.
                 elif path.exists():
                     part.unlink()
-                else:
-                    self._fill(file, part, stream)
+                elif not self._fill(file, part, stream, ahead):
+                    return
 
-    def _fill(self, file: str, part: Path, stream: IO[bytes]) -> None:
-        """Download a shard into ``stream``, hashing the bytes as they come, and put it in place."""
+    def _fill(self, file: str, part: Path, stream: IO[bytes], ahead: bool) -> bool:
+        """Download a shard into ``stream``, hashing the bytes as they come, and put it in place; whether it was."""
         try:
             size = self._size(file)
             with _one_at_a_time(self.folder):
                 stream.truncate(0)
-                self._make_room(size)
+                if not self._make_room(size, ahead) and ahead:
+                    part.unlink()
+                    return False
                 # It takes its room from the start, so that others who make room count it.
                 stream.truncate(size)
             hashing = _Hashing(stream)
@@ -167,9 +172,10 @@ class Mirror:
         date(part, part.stem)
         part.rename(self.path(file))
         self._sound.add(file)
+        return True
 
-    def _make_room(self, need: int) -> None:
-        """Remove the least recently used shards that nobody has mapped until ``need`` more bytes fit."""
+    def _make_room(self, need: int, ahead: bool) -> bool:
+        """Remove the least recently used shards that nobody has mapped; whether ``need`` more bytes fit then."""
         held = []
         for entry in os.scandir(self.folder):
             with suppress(FileNotFoundError):
@@ -178,15 +184,16 @@ class Mirror:
         total = need + sum(size for _, _, size in held)
         for _, path, size in sorted(held):
             if total <= self.bound:
-                return
+                break
             if _evict(path):
                 total -= size
-        if total > self.bound and not self._told:
+        if total > self.bound and not ahead and not self._told:
             self._told = True
             logger.warning(
                 "%s holds %.3f GiB of shards that are in use, more than KUBETUNER_STORE_CACHE_GIB allows (%.3f)",
                 self.folder, total / 2**30, self.bound / 2**30,
             )  # fmt: skip
+        return total <= self.bound
 
 
 class _Hashing:

@@ -13,7 +13,7 @@ import pytest
 from kubetuner.errors import ArtifactError
 from kubetuner.store.files import DamagedError
 from kubetuner.store.mirror import Mirror, Sink, configured
-from tests.unit.conftest import fork, wait
+from tests.unit.conftest import fetchers_end, fork, wait
 
 SHARDS = [bytes([number]) * 1000 for number in range(6)]
 FILES = [f"{hashlib.sha256(data).hexdigest()}.safetensors" for data in SHARDS]
@@ -170,6 +170,23 @@ def test_a_shard_that_is_needed_now_does_not_wait_for_those_ahead(mirror: Mirror
     use(mirror, 3)
     mirror.fetch_ahead([])
     gate.set()
+
+
+def test_what_is_fetched_ahead_stays_within_the_bound(
+    mirror: Mirror, elsewhere: Elsewhere, caplog: pytest.LogCaptureFixture
+) -> None:
+    leases = [mirror.lease(FILES[number]) for number in (0, 1, 2)]
+    mirror.fetch_ahead([FILES[3]])
+    fetchers_end()
+    assert held(mirror) == {0, 1, 2}
+    assert elsewhere.fetched == [0, 1, 2]
+    assert not caplog.messages
+    leases.pop().release()
+    mirror.fetch_ahead([FILES[3]])
+    fetchers_end()
+    assert held(mirror) == {0, 1, 3}
+    for lease in leases:
+        lease.release()
 
 
 def test_a_folder_that_cannot_be_written_is_named(elsewhere: Elsewhere, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from kubetuner.steps.plan import make_plan
 from kubetuner.steps.train import train
 from pipelines.recipes.demo.models import build_pipeline, write_pipeline
 from tests.servers.faults import FaultyProxy
+from tests.unit.conftest import fetchers_end
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
@@ -117,6 +118,7 @@ def test_a_mirror_that_holds_two_shards_is_enough(
     monkeypatch.setattr("kubetuner.data.encoded_samples.MEMORY_BUDGET_BYTES", 0)
     (place.root / "one" / "model").rename(place.root / "first-model")
     assert place.train("one")[1] == whole
+    fetchers_end()
     assert sum(path.stat().st_size for path in mirror.iterdir()) <= 2.1 * largest
     assert "one batch reads shards of" in caplog.text
     assert "better as much as all shards" in caplog.text

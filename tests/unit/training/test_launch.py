@@ -12,7 +12,7 @@ import torch
 
 from kubetuner.config.sections.steps import DatasetSampling, ModelRef, TrainSection
 from kubetuner.errors import TrainingError
-from kubetuner.training import launch as launching
+from kubetuner.training.distributed import launch as launching
 from kubetuner.training.distributed.launch import launch, wanted_processes
 from kubetuner.training.interruption import TerminatedError
 
