@@ -34,7 +34,7 @@ else
 endif
 
 test: $(READY)  ## Run the whole suite (JOBS=2 files at a time)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: lint test  ## Lint, types, layers and the suite
 

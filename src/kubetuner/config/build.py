@@ -18,6 +18,7 @@ from kubetuner.config.run_file.adapters import LORA_KEYS, read_adapter
 from kubetuner.config.run_file.distribution import check_fsdp, read_fsdp
 from kubetuner.config.run_file.learning_rate import read_rate
 from kubetuner.config.schedule import empty_stages
+from kubetuner.config.sections.base import DEFAULT_SEED
 from kubetuner.config.sections.objective import FlowSchedule, SchedulerChange
 from kubetuner.config.sections.sources import DownloadSection
 from kubetuner.config.sections.steps import (
@@ -339,7 +340,7 @@ def _evaluate(base: Base, data: Data, where: str, cwd: Path, problems: list[Prob
         "num_inference_steps": "validation_num_inference_steps",
         "negative_prompt": "validation_negative_prompt",
     }
-    seed = {"seed": values.integer("validation_seed", values.integer("seed", 42))}
+    seed = {"seed": values.integer("validation_seed", values.integer("seed", DEFAULT_SEED))}
     return EvaluateSection.model_validate(
         {
             "model": base.scheduled_model,

@@ -15,6 +15,7 @@ from kubetuner.config.data_file.parquet import read_caption_table
 from kubetuner.config.data_file.sampling import Epochs, read_epochs, read_sampling
 from kubetuner.config.data_file.sources import flatten_hub, read_storage
 from kubetuner.config.keys import Values, plain_name, read
+from kubetuner.config.sections.base import DEFAULT_SEED
 from kubetuner.config.sections.captions import DatasetCaptions
 from kubetuner.config.sections.geometry import DatasetGeometry, Geometry
 from kubetuner.config.sections.sources import DatasetSource
@@ -233,7 +234,7 @@ def _read_pictures(
     sampling = read_sampling(values, where, problems, seen.notes, facts=facts)
     geometry = _geometry(values, run, where, problems, seen.notes)
     vae_cache = read_vae_cache(values, run, where, problems, seen.notes)
-    shuffle = read_shuffle(values, where, run.integer("seed", 42), problems)
+    shuffle = read_shuffle(values, where, run.integer("seed", DEFAULT_SEED), problems)
     if len(problems) > before or not values.text("id"):
         return None
     name = values.text("id")

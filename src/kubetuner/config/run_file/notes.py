@@ -100,7 +100,7 @@ TRAIN_NOTES: Mapping[str, Note] = {
     "grad_clip_method": Note("clip the norm, or each value", "norm", differs="there `value`"),
     "caption_dropout_probability": Note("share of samples trained without their caption", 0.1),
     "disable_segmented_timestep_sampling": Note("draw a batch's timesteps singly", False),
-    "seed": Note("of all that is drawn", otherwise="42; 0 for random crops", differs="there none"),
+    "seed": Note("of all that is drawn", otherwise="42", differs="there none"),
     "checkpoint_step_interval": Note("optimizer steps between checkpoints; 0 for the end only", 500),
     "checkpoint_epoch_interval": Note("epochs between checkpoints; 0 for none", 0),
     "checkpoints_total_limit": Note("checkpoints kept", 5),

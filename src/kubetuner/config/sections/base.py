@@ -5,6 +5,9 @@ from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
+DEFAULT_SEED = 42
+"""``seed`` where none is set, so that two runs agree."""
+
 
 class Section(BaseModel):
     """A frozen group of settings."""

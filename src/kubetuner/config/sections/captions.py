@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from kubetuner.config.sections.base import Section
+from kubetuner.config.sections.base import DEFAULT_SEED, Section
 
 
 class CaptionShuffle(Section):
@@ -17,7 +17,7 @@ class CaptionShuffle(Section):
     """
 
     count: int = 1
-    seed: int = 42
+    seed: int = DEFAULT_SEED
     split_on: Literal["comma", "space", "period"] = "comma"
     position_start: int = 0
     include_original: bool = True

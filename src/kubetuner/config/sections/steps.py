@@ -12,7 +12,7 @@ from pydantic import Field
 from kubetuner.config.compilation import CompileSettings
 from kubetuner.config.optimizers import OptimizerName, Option
 from kubetuner.config.sections.adapter import LoraSettings
-from kubetuner.config.sections.base import Section
+from kubetuner.config.sections.base import DEFAULT_SEED, Section
 from kubetuner.config.sections.captions import DatasetCaptions
 from kubetuner.config.sections.distribution import FsdpSettings
 from kubetuner.config.sections.geometry import DatasetGeometry
@@ -88,7 +88,7 @@ class CacheVaeSection(Section):
 
     model: ModelRef
     datasets: tuple[DatasetGeometry, ...]
-    seed: int = 0
+    seed: int = DEFAULT_SEED
     dtype: Literal["bf16", "fp32"] = "fp32"
     vae_batch_size: int = 4
     vae_cache_moments: bool = False
@@ -228,7 +228,7 @@ class TrainSection(Section):
     ema: EmaSettings | None = None
     masked_loss_probability: float = 1.0
     nonfinite_loss: Literal["stop", "skip"] = "stop"
-    seed: int = 42
+    seed: int = DEFAULT_SEED
     checkpoint_step_interval: int = 500
     checkpoint_epoch_interval: int = 0
     checkpoints_total_limit: int = 5
@@ -309,7 +309,7 @@ class EvaluateSection(Section):
     guidance: float = 7.5
     num_inference_steps: int = 30
     num_validation_images: int = 1
-    seed: int = 42
+    seed: int = DEFAULT_SEED
     evaluation_type: Literal["none", "clip"] = "none"
     judge: str = ""
     judge_revision: str = ""
