@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+QUANTISED := $(VENV)/quantised
 
 # Idle OpenMP threads that spin make tiny models 30 times slower on a busy machine.
 export OMP_WAIT_POLICY := PASSIVE
@@ -12,6 +13,7 @@ FAMILY ?= sana
 OUT    ?= runs/demo
 DEMO   := pipelines/recipes/demo
 JOBS   ?= 2
+PYTEST  = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 ##@ Everyday
 .PHONY: help setup demo test check lint
@@ -22,7 +24,7 @@ setup: $(READY)  ## Make .venv with the pinned packages
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,quantised,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
 	touch $@
 
 demo: $(READY)  ## Run the whole pipeline on tiny models here (FAMILY=sdxl|pixart_sigma|sana, FROM_SCRATCH=1)
@@ -33,8 +35,15 @@ else
 	$(BIN)/kubetuner run --config $(DEMO)/$(FAMILY).json --out $(OUT)
 endif
 
-test: $(READY)  ## Run the whole suite (JOBS=2 files at a time)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+test: $(READY) $(QUANTISED)/.ready  ## Run the whole suite (JOBS=2 files at a time)
+	PYTHONPATH=$(QUANTISED) $(PYTEST) -m quantised
+	$(PYTEST) -m "not quantised"
+
+# Beside the other packages: where torchao is found, every import of diffusers takes longer and prints its complaints.
+$(QUANTISED)/.ready: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --upgrade --no-deps --target $(QUANTISED) \
+		bitsandbytes ninja optimum-quanto torchao
+	touch $@
 
 check: lint test  ## Lint, types, layers and the suite
 
@@ -64,7 +73,7 @@ docs: $(READY)  ## Write docs/config.md and the recipes' table of GPU memory
 	$(BIN)/python -m kubetuner.config.reference docs/config.md
 	$(BIN)/python -m pipelines.recipes.table
 
-constraints:  ## Pin the versions that are installed now
+constraints: $(QUANTISED)/.ready  ## Pin the versions that are installed now
 	{ echo "# Every version that the suite was run with. 'make setup' installs exactly these; regenerate with 'make constraints'."; \
-	  $(BIN)/pip freeze --exclude-editable | grep -viE '^(pip|setuptools|wheel)==' | sed 's/+cpu//'; } > constraints.tmp
+	  PYTHONPATH=$(QUANTISED) $(BIN)/pip freeze --exclude-editable | grep -viE '^(pip|setuptools|wheel)==' | sed 's/+cpu//'; } > constraints.tmp
 	mv constraints.tmp constraints.txt

@@ -1,11 +1,11 @@
 import pytest
 
 from kubetuner.config.load import load
-from kubetuner.config.precision import missing_library
 from kubetuner.config.sections.steps import CacheTextSection, ModelRef, Sections
 from kubetuner.config.text_rounding import TextRounding
 from kubetuner.errors import ConfigError
 from kubetuner.steps.planning.machinery import library_problems
+from tests.unit.rounding import hide_libraries, quantised
 
 DATA = [{"id": "a", "instance_data_dir": "a", "resolution": 512, "resolution_type": "pixel"}]
 SDXL = {"model_type": "lora", "model_family": "sdxl", "max_train_steps": 1}
@@ -52,14 +52,14 @@ def test_the_key_of_a_text_depends_on_the_precision_alone() -> None:
     assert trained[0].cache_vae == trained[1].cache_vae
 
 
-def test_the_plan_misses_every_library() -> None:
+@quantised
+def test_the_plan_misses_every_library(monkeypatch: pytest.MonkeyPatch) -> None:
     sections = _sections(
         base_model_precision="nf4-bnb", text_encoder_1_precision="int8-quanto", text_encoder_2_precision="int8-torchao"
     )
-    found = [problem.where for problem in library_problems(sections.train, sections.cache_text_embeds.rounding)]
-    wanted = {
-        "base_model_precision": "nf4-bnb",
-        "text_encoder_1_precision": "int8-quanto",
-        "text_encoder_2_precision": "int8-torchao",
-    }
-    assert found == [f"config.json.{key}" for key, precision in wanted.items() if missing_library(precision)]
+    train, rounding = sections.train, sections.cache_text_embeds.rounding
+    assert not library_problems(train, rounding)
+    hide_libraries(monkeypatch)
+    assert [problem.where for problem in library_problems(train, rounding)] == [
+        f"config.json.{key}" for key in ("base_model_precision", "text_encoder_1_precision", "text_encoder_2_precision")
+    ]

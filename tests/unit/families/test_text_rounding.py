@@ -1,29 +1,23 @@
-"""Text encoders of fewer bits; runs where kubetuner[quantised] is installed, and else tests what is said."""
+"""Text encoders of fewer bits."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from kubetuner.config.precision import missing_library
 from kubetuner.config.sections.steps import CacheTextSection, EvaluateSection, ModelRef, Prompt
 from kubetuner.config.text_rounding import TextRounding
 from kubetuner.errors import InputError
 from kubetuner.evaluation.compare import compare
 from kubetuner.families import load_family
 from tests.unit.families.conftest import FAMILIES
+from tests.unit.rounding import hide_libraries, quantised, quiet
 
 PRECISIONS = {"int8-torchao": 0.05, "int8-quanto": 0.05, "nf4-bnb": 0.75}
 """With the largest relative error of an embedding; these encoders are narrow, so 4 bits are coarse."""
 ENCODERS = {"pixart_sigma": 1, "sdxl": 2, "sana": 1}
 TEXTS = ["a red ring", "a star and a blue square on a black background"]
-# These libraries' own imports: deprecated parts of torch. numpy 2 warns about diffusers' pictures.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.parametrize("precision", PRECISIONS),
-]
+pytestmark = [quantised, quiet, pytest.mark.parametrize("precision", PRECISIONS)]
 
 
 @pytest.mark.parametrize("via", ["accelerator", "cpu"])
@@ -31,7 +25,6 @@ pytestmark = [
 def test_embeddings_are_near_the_whole_encoders(
     name: str, precision: str, via: str, refs: dict[str, ModelRef], cpu: torch.device
 ) -> None:
-    _need(precision)
     family, section = load_family(name), CacheTextSection(model=refs[name])
     whole = family.encode_texts(family.load_text_encoders(refs[name], cpu), TEXTS, section)
     for number in range(1, ENCODERS[name] + 1):
@@ -49,7 +42,6 @@ def test_embeddings_are_near_the_whole_encoders(
 def test_pictures_are_drawn_with_rounded_encoders(
     precision: str, refs: dict[str, ModelRef], cpu: torch.device, tmp_path: Path
 ) -> None:
-    _need(precision)
     settings = {"prompts": (Prompt(shortname="star", prompt="a star"),), "resolutions": ((32, 32),), "guidance": 3.0}
     section = EvaluateSection(
         model=refs["sdxl"], model_type="full", num_inference_steps=2, mixed_precision="no", **settings
@@ -64,14 +56,10 @@ def test_pictures_are_drawn_with_rounded_encoders(
     assert pictures[0] != pictures[1]
 
 
-def test_a_missing_library_is_named(precision: str, refs: dict[str, ModelRef], cpu: torch.device) -> None:
-    if not missing_library(precision):
-        pytest.skip(f"{precision} is installed")
+def test_a_missing_library_is_named(
+    precision: str, refs: dict[str, ModelRef], cpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hide_libraries(monkeypatch)
     rounding = TextRounding(precisions=("no_change", precision))
     with pytest.raises(InputError, match=rf"text_encoder_2_precision: {precision} needs the Python package"):
         load_family("sdxl").load_text_encoders(refs["sdxl"], cpu, rounding)
-
-
-def _need(precision: str) -> None:
-    if missing_library(precision):
-        pytest.skip(f"{missing_library(precision)} is not installed")

@@ -4,9 +4,9 @@ import pytest
 from PIL import Image
 
 from kubetuner.config.compilation import CompileSettings
-from kubetuner.config.precision import missing_library
 from kubetuner.errors import ConfigError
 from kubetuner.steps.plan import make_plan
+from tests.unit.rounding import PRECISIONS, hide_libraries, quantised
 
 CONFIG = {"model_type": "full", "model_family": "pixart_sigma", "train_batch_size": 2, "max_train_steps": 10}
 
@@ -193,17 +193,18 @@ def test_a_missing_compiler_is_found_before_training(tmp_path, monkeypatch) -> N
     assert train.compilation == CompileSettings(backend="eager")
 
 
-@pytest.mark.parametrize("precision", ["int8-torchao", "int8-quanto", "nf4-bnb"])
-def test_a_rounded_base_takes_less_memory_or_misses_its_library(tmp_path, precision) -> None:
+@quantised
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_rounded_base_takes_less_memory_or_misses_its_library(tmp_path, precision, monkeypatch) -> None:
     pictures(tmp_path / "a", *[(128, 128)] * 4)
     config = {**CONFIG, "model_type": "lora"}
     rounded = {**config, "base_model_precision": precision}
-    if missing_library(precision):
-        found = refusal(rounded, [entry()], tmp_path)
-        assert "install kubetuner[quantised]" in found["config.json.base_model_precision"]
-        return
     plans = [make_plan(one, [entry()], cwd=tmp_path).summary["training_memory_bytes"] for one in (config, rounded)]
     assert plans[0] == plans[1] * (4 if precision == "nf4-bnb" else 2)
+
+    hide_libraries(monkeypatch)
+    found = refusal(rounded, [entry()], tmp_path)
+    assert "install kubetuner[quantised]" in found["config.json.base_model_precision"]
 
 
 def test_every_process_counts(tmp_path) -> None:

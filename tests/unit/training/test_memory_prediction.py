@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from kubetuner.config.precision import missing_library
 from kubetuner.config.sections.adapter import LoraSettings
 from kubetuner.config.sections.objective import EmaSettings
 from kubetuner.config.sections.steps import DatasetSampling, TrainSection
@@ -16,6 +15,7 @@ from kubetuner.families import load_family
 from kubetuner.training.denoiser import prepare_denoiser
 from kubetuner.training.memory.gpu_rules import GpuRules
 from kubetuner.training.memory.prediction import Memory, Predictor, Shapes
+from tests.unit.rounding import PRECISIONS, quantised, quiet
 from tests.unit.training.conftest import Setup
 
 FAMILIES = ("pixart_sigma", "sdxl", "sana")
@@ -139,13 +139,11 @@ def test_rounded_bases(setup: Setup, family: str) -> None:
     assert all(memory.loading <= whole.weights for memory in sizes.values())
 
 
-# These libraries' own imports: deprecated parts of torch.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("precision", ["int8-torchao", "int8-quanto", "nf4-bnb"])
+@quantised
+@quiet
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rounded_base_keeps_what_its_library_keeps(setup: Setup, family: str, precision: str) -> None:
-    if missing_library(precision):
-        pytest.skip("needs kubetuner[quantised]")
     settings = {**LORA, "base_model_precision": precision}
     found = without_optimizer(predict(setup, family, **settings))
     assert found == pytest.approx(real_peak(section(setup, family, **settings), as_on_gpu=True), rel=0.05)
