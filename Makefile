@@ -61,8 +61,8 @@ bench: $(READY)  ## Training, caching and reading beside bare loops and SimpleTu
 	$(BIN)/python -m bench.cache_encoding
 	$(BIN)/python -m bench.data_memory
 
-bench-peers: $(READY)  ## SimpleTuner itself beside us, in an environment of its own, as ratios
-	test -x $(or $(PEERS_VENV),.venv-peers)/bin/simpletuner || bash bench/peers/setup.sh
+bench-peers: $(READY)  ## SimpleTuner and diffusers' examples themselves beside us, as ratios
+	test -d $(or $(PEERS_VENV),.venv-peers)/diffusers-packages || bash bench/peers/setup.sh
 	$(BIN)/python -m bench.peers.training
 	$(BIN)/python -m bench.peers.caching
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import stopwatch
 import torch
+from offline import add_standins
 
 
 def main() -> None:
     """Train as SimpleTuner's configuration in the environment says."""
     stopwatch.start(Path(sys.argv.pop(1)))
-    hide_standins()
+    add_standins()
     torch.Tensor.pin_memory = lambda self, *_: self
     from simpletuner.helpers.caching.text_embeds import TextEmbeddingCache
     from simpletuner.helpers.caching.vae import VAECache
@@ -25,15 +26,6 @@ def main() -> None:
     stopwatch.watch_call(VAECache, "process_buckets")
     stopwatch.watch_call(TextEmbeddingCache, "compute_embeddings_for_prompts")
     runpy.run_module("simpletuner.train", run_name="__main__", alter_sys=True)
-
-
-def hide_standins() -> None:
-    """Let transformers and diffusers find no torchvision, then put the stand-ins on the path for SimpleTuner."""
-    import diffusers.utils  # noqa: F401
-    from transformers.utils import is_torchvision_available
-
-    is_torchvision_available()
-    sys.path.append(str(Path(__file__).with_name("standins")))
 
 
 if __name__ == "__main__":

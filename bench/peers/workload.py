@@ -1,4 +1,4 @@
-"""The same work for both sides: models, pictures and the two JSON files, and how each side is run on them."""
+"""The same work for all sides: models, pictures and settings, and how each side is run on them."""
 
 import json
 import os
@@ -17,23 +17,26 @@ from pipelines.recipes.demo.models import Size, build_pipeline, write_pipeline
 
 HERE = Path(__file__).parent
 ROOT = README.parents[1]
-PEERS = Path(os.environ.get("PEERS_VENV") or ROOT / ".venv-peers") / "bin/python"
+PEERS = Path(os.environ.get("PEERS_VENV") or ROOT / ".venv-peers")
+EXAMPLES = Path(os.environ.get("DIFFUSERS_EXAMPLES") or PEERS / "diffusers-examples")
 BATCH = 4
 
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }  # fmt: skip
-_COMMON = {
+_COMMON: dict[str, object] = {
     "seed": 42, "train_batch_size": BATCH, "vae_batch_size": BATCH, "num_train_epochs": 0, "optimizer": "torch-adamw",
     "learning_rate": 1e-4, "lr_scheduler": "constant", "lr_warmup_steps": 0, "max_grad_norm": 1.0,
     "grad_clip_method": "norm", "mixed_precision": "no", "vae_dtype": "fp32", "gradient_checkpointing": False,
     "caption_dropout_probability": 0.0, "checkpoint_step_interval": 0,
 }  # fmt: skip
-_LORA = {
-    "lora_rank": 4, "lora_alpha": 4, "lora_dropout": 0.0,
-    "peft_lora_target_modules": ["to_k", "to_q", "to_v", "to_out.0"],
-}  # fmt: skip
+_MODULES = ("to_k", "to_q", "to_v", "to_out.0")
+_LORA = {"lora_rank": 4, "lora_alpha": 4, "lora_dropout": 0.0, "peft_lora_target_modules": _MODULES}
+_OF_EXAMPLES = (
+    "seed", "train_batch_size", "learning_rate", "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "mixed_precision",
+)  # fmt: skip
+"""What diffusers' examples call by the same names."""
 _THEIRS = {
     "base_model_default_dtype": "fp32", "validation_disable": True, "disable_benchmark": True, "report_to": "none",
     "torch_num_threads": 1, "i_know_what_i_am_doing": True,
@@ -57,7 +60,19 @@ class Work:
         return 256 if self.family == "sana" else 128
 
 
-WORKS = (Work("sdxl", "lora"), Work("sdxl", "full"), Work("pixart_sigma", "full"), Work("sana", "full"))
+WORKS = (
+    Work("sdxl", "lora"),
+    Work("sdxl", "full"),
+    Work("pixart_sigma", "full"),
+    Work("sana", "full"),
+    Work("sana", "lora"),
+)
+SCRIPTS = {
+    Work("sdxl", "lora"): "train_text_to_image_lora_sdxl.py",
+    Work("sdxl", "full"): "train_text_to_image_sdxl.py",
+    Work("sana", "lora"): "train_dreambooth_lora_sana.py",
+}
+"""diffusers' examples; for the other works it has none."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,11 @@ class Side:
         make_pictures(folder / "dataset", pictures, work.edge)
         return cls(work, folder, base)
 
+    @property
+    def pictures(self) -> Path:
+        """Where the pictures are; their names are their captions."""
+        return self.folder / "dataset-pictures"
+
     def configure(self, steps: int, own: Mapping[str, object]) -> None:
         """Write ``config.json`` and ``data.json``."""
         config: dict[str, Any] = {
@@ -100,7 +120,7 @@ class Side:
             config["pretrained_vae_model_name_or_path"] = str(self.base)
         data = [
             {
-                "id": "pictures", "type": "local", "instance_data_dir": str(self.folder / "dataset-pictures"),
+                "id": "pictures", "type": "local", "instance_data_dir": str(self.pictures),
                 "caption_strategy": "filename", "resolution": self.work.edge, "resolution_type": "pixel", "crop": True,
                 "crop_style": "center", "crop_aspect": "square", "minimum_image_size": 0, "repeats": 100,
                 "cache_dir_vae": str(self.folder / "cache/vae"),
@@ -128,6 +148,11 @@ class Side:
         read = json.loads(times.read_text(encoding="utf-8"))
         return Times([(cpu, wall) for cpu, wall in read["steps"]], read["calls"])
 
+    def run_here(self, name: str, *command: str) -> Times:
+        """Run a module in our own environment."""
+        path = os.pathsep.join(str(folder) for folder in (ROOT / "src", ROOT, PEERS / "diffusers-packages"))
+        return self.run(name, [sys.executable, str(HERE / "stopwatch.py"), *command], {"PYTHONPATH": path})
+
 
 @dataclass(frozen=True)
 class Theirs(Side):
@@ -135,12 +160,13 @@ class Theirs(Side):
 
     def train(self, steps: int) -> Times:
         """Cache what is not cached yet, and train."""
-        if not PEERS.exists():
-            raise SystemExit(f"{PEERS} does not exist; make it with bench/peers/setup.sh")
+        python = PEERS / "bin/python"
+        if not python.exists():
+            raise SystemExit(f"{python} does not exist; make it with bench/peers/setup.sh")
         family = {"pixart_sigma": "pixart"}.get(self.work.family, self.work.family)
         self.configure(steps, {**_THEIRS, "model_family": family})
         environment = {"CONFIG_BACKEND": "json", "CONFIG_PATH": str(self.folder / "config.json"), "PYTHONPATH": ""}
-        return self.run("simpletuner", [str(PEERS), str(HERE / "simpletuner_offline.py")], environment)
+        return self.run("simpletuner", [str(python), str(HERE / "simpletuner_offline.py")], environment)
 
     def cached_bytes(self) -> tuple[int, int]:
         """Of latents and of texts."""
@@ -150,6 +176,42 @@ class Theirs(Side):
         """Drop the caches and what says what is cached."""
         for name in ("cache", "out"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Examples(Side):
+    """diffusers' example scripts, in our environment and with the packages that they need besides."""
+
+    @classmethod
+    def prepare(cls, work: Work, size: Size, pictures: int, folder: Path) -> Self:
+        """Also write the captions, which are the pictures' names, into a table."""
+        side = super().prepare(work, size, pictures, folder)
+        rows = [{"file_name": path.name, "text": path.stem} for path in sorted(side.pictures.iterdir())]
+        table = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (side.pictures / "metadata.jsonl").write_text(table, encoding="utf-8")
+        return side
+
+    def train(self, steps: int) -> Times:
+        """Train; what a script keeps on disk is found again by a run of as many steps."""
+        script = EXAMPLES / SCRIPTS[self.work]
+        if not script.exists():
+            raise SystemExit(f"{script} does not exist; see DIFFUSERS_EXAMPLES in bench/peers/README.md")
+        settings: dict[str, object] = {
+            **{key: _COMMON[key] for key in _OF_EXAMPLES}, "max_train_steps": steps, "resolution": self.work.edge,
+            "pretrained_model_name_or_path": self.base, "caption_column": "text", "checkpointing_steps": 10**6,
+            "cache_dir": self.folder / "cache", "output_dir": self.folder / "out",
+        }  # fmt: skip
+        flags = ["--center_crop"]
+        if self.work.model_type == "lora":
+            settings["rank"] = _LORA["lora_rank"]
+        if self.work.family == "sana":
+            modules = ",".join(_MODULES)
+            settings |= {"dataset_name": self.pictures, "instance_prompt": "unused", "lora_layers": modules}
+            flags.append("--cache_latents")
+        else:
+            settings["train_data_dir"] = self.pictures
+        arguments = [f"--{key}={value}" for key, value in settings.items()]
+        return self.run_here("diffusers", "bench.peers.diffusers_offline", str(script), *arguments, *flags)
 
 
 @dataclass(frozen=True)
@@ -175,19 +237,15 @@ class Ours(Side):
 
     def floor(self, steps: int) -> Times:
         """See :mod:`bench.peers.floor`."""
-        return self._run("floor", "bench.peers.floor", str(self.folder), str(steps))
+        return self.run_here("floor", "bench.peers.floor", str(self.folder), str(steps))
 
     def step(self, name: str, *arguments: str) -> Times:
         """``kubetuner step``; its output lies in the folder called like the step."""
-        return self._run(name, "kubetuner.cli.main", "step", name, *arguments, "--out", name)
+        return self.run_here(name, "kubetuner.cli.main", "step", name, *arguments, "--out", name)
 
     @property
     def _section(self) -> tuple[str, str]:
         return "--section", "plan/sections.json"
-
-    def _run(self, name: str, *command: str) -> Times:
-        path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-        return self.run(name, [sys.executable, str(HERE / "stopwatch.py"), *command], {"PYTHONPATH": path})
 
 
 def folder_size(folder: Path) -> int:

@@ -1,8 +1,10 @@
-"""The four transforms of torchvision that SimpleTuner's image families use."""
+"""The transforms of torchvision that SimpleTuner's image families and diffusers' examples use."""
 
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from torchvision.transforms import functional
@@ -39,3 +41,43 @@ class Normalize:
         """``pixels`` [C, H, W]."""
         shape = (-1, 1, 1)
         return (pixels - pixels.new_tensor(self.mean).view(shape)) / pixels.new_tensor(self.std).view(shape)
+
+
+class InterpolationMode(Enum):
+    """By torchvision's names, Pillow's filters."""
+
+    BILINEAR = Image.Resampling.BILINEAR
+
+
+class Resize:
+    """The shorter edge becomes ``size``; a picture whose shorter edge has it is left alone."""
+
+    def __init__(self, size: int, interpolation: InterpolationMode) -> None:
+        self.size, self.filter = size, interpolation.value
+
+    def __call__(self, image: Any) -> Any:
+        """``image`` of Pillow's."""
+        shorter = min(image.size)
+        if shorter == self.size:
+            return image
+        width, height = (int(self.size * edge / shorter) for edge in image.size)
+        return image.resize((width, height), self.filter)
+
+
+class CenterCrop:
+    """A square of ``size`` from the middle."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, image: Any) -> Any:
+        """``image`` of Pillow's."""
+        top, left = (round((edge - self.size) / 2) for edge in (image.height, image.width))
+        return functional.crop(image, top, left, self.size, self.size)
+
+
+class RandomHorizontalFlip:
+    """Made by diffusers' examples, and never called here."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p

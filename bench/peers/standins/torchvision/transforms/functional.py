@@ -1,4 +1,4 @@
-"""What SimpleTuner calls as a function."""
+"""What is called as a function."""
 
 from typing import Any
 
@@ -14,3 +14,8 @@ def to_tensor(image: Any) -> Tensor:
         pixels = pixels[:, :, None]
     pixels = pixels.permute(2, 0, 1).contiguous()
     return pixels.float().div(255) if pixels.dtype == torch.uint8 else pixels
+
+
+def crop(image: Any, top: int, left: int, height: int, width: int) -> Any:
+    """A part of a picture of Pillow's."""
+    return image.crop((left, top, left + width, top + height))
