@@ -3,9 +3,9 @@
 Two bare loops, one thread each, throw their results away: the encoder alone on batches that are ready, and the same
 with what any way of caching must do first, which is decoding the pictures or preparing the texts. Ours does all that
 and keeps keys, checksums, shards and rows. Unit models cost next to nothing, so everything around them shows; ``mid``
-ones are still far cheaper than real ones.
+ones are still far cheaper than real ones; ``wide`` ones are as wide as the published, on crops of larger JPEG files.
 
-Run ``PYTHONPATH=src:. python -m bench.cache_encoding [--sizes unit,mid] [--rounds 3]``.
+Run ``PYTHONPATH=src:. python -m bench.cache_encoding [--sizes unit,mid,wide] [--families …] [--rounds 3]``.
 """
 
 import os
@@ -18,8 +18,10 @@ import argparse
 import json
 import logging
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,13 @@ from PIL import Image
 from torch import nn
 
 from bench.measure import alternate, in_child, report, table
+from bench.wide_encoders import autoencoder as wide_autoencoder
+from bench.wide_encoders import cuts, text_sizes
 from kubetuner.artifacts import Sample, read_rows
 from kubetuner.config.sections.geometry import DatasetGeometry, Geometry
 from kubetuner.config.sections.sources import DatasetSource, DownloadSection
 from kubetuner.config.sections.steps import CacheTextSection, CacheVaeSection, ModelRef
-from kubetuner.data.geometry import Placement
+from kubetuner.data.geometry import Placement, place
 from kubetuner.data.pictures import open_picture, to_pixels
 from kubetuner.families import load_family
 from kubetuner.families.text import TextEncoder
@@ -45,11 +49,42 @@ from pipelines.recipes.demo.models import build_pipeline, write_pipeline
 
 FAMILIES = ("pixart_sigma", "sdxl", "sana")
 CPU = torch.device("cpu")
-EDGE = 128
 BATCH = 16
-PICTURES = 4
-FIRST = 16
-COUNTS = {"unit": {"cache_vae": 128, "cache_text_embeds": 512}, "mid": {"cache_vae": 48, "cache_text_embeds": 96}}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is encoded with models of one size.
+
+    Attributes:
+        counts: Samples by step.
+        first: Of these so many are encoded apart, to know what starting costs.
+        batch: Pictures encoded at once.
+        edge: Pixels of the square that is encoded.
+        file: (width, height) of the picture files, and their format.
+    """
+
+    counts: dict[str, int]
+    first: dict[str, int]
+    batch: int
+    edge: int
+    file: tuple[int, int, str]
+
+
+SCALES = {
+    "unit": Scale(
+        {"cache_vae": 128, "cache_text_embeds": 512}, {"cache_vae": 16, "cache_text_embeds": 16},
+        4, 128, (128, 128, "png"),
+    ),
+    "mid": Scale(
+        {"cache_vae": 48, "cache_text_embeds": 96}, {"cache_vae": 16, "cache_text_embeds": 16},
+        4, 128, (128, 128, "png"),
+    ),
+    "wide": Scale(
+        {"cache_vae": 3, "cache_text_embeds": 32}, {"cache_vae": 1, "cache_text_embeds": 16},
+        1, 512, (2048, 1536, "jpg"),
+    ),
+}  # fmt: skip
 # glibc gives large blocks back to the kernel at once and gets them again, which costs a bare loop up to half its time,
 # or nothing, as chance has laid out the heap. So both sides keep theirs.
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
@@ -58,74 +93,106 @@ MALLOC = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "100
 def main() -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", default="unit,mid")
+    parser.add_argument("--sizes", default="unit,mid,wide")
+    parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     rows: list[list[str]] = []
+    loads: list[float] = []
     for size in arguments.sizes.split(","):
-        for family in FAMILIES:
+        for family in arguments.families.split(","):
             call = f"print(json.dumps(throughput({family!r}, {size!r}, {arguments.rounds})))"
-            rows += json.loads(in_child("bench.cache_encoding", call, MALLOC))
+            found = json.loads(in_child("bench.cache_encoding", call, MALLOC))
+            rows += found
+            loads.append(os.getloadavg()[1])
+            print(*found, f"load {loads[-1]:.1f}", sep="\n", file=sys.stderr, flush=True)
     head = ["model", "family", "what", "encoder alone", "with decoding", "our step", "of alone", "of decoding"]
     note = (
         "\n\nPictures or texts a CPU second, medians of alternating rounds. *Encoder alone*: the models' calls on "
-        "ready batches, of an autoencoder in the faster of both memory layouts. *With decoding*: the same after "
-        "Pillow's decoding of the same files, or the family's cleaning and tokenizing. *Our step* also checks, hashes, "
-        "keys, shards and writes. Unit: "
-        f"{COUNTS['unit']['cache_vae']} pictures and {COUNTS['unit']['cache_text_embeds']} captions; mid: "
-        f"{COUNTS['mid']['cache_vae']} and {COUNTS['mid']['cache_text_embeds']}; all of {EDGE} px. Loading is counted "
-        f"nowhere. Batches of {PICTURES} pictures or {BATCH} texts everywhere."
+        "ready batches, of a unit or mid autoencoder in the faster of both memory layouts. *With decoding*: the same "
+        "after Pillow's decoding and resizing of the same files, or the family's cleaning and tokenizing. *Our step* "
+        f"also checks, hashes, keys, shards and writes. {'; '.join(described(size) for size in SCALES)}. Wide models "
+        f"have the published width: whole autoencoders (PixArt Sigma's is SDXL's), {cuts()}; the demo's tokenizers. "
+        f"Loading is counted nowhere. {BATCH} texts a batch. {arguments.rounds} rounds at a load of "
+        f"{min(loads):.0f} to {max(loads):.0f}."
     )
     report("Cache: encoding", table(head, rows) + note)
 
 
+def described(size: str) -> str:
+    """What is encoded with models of one size, in words."""
+    scale = SCALES[size]
+    width, height, kind = scale.file
+    return (
+        f"{size.capitalize()}: {scale.counts['cache_vae']} pictures, {scale.batch} a batch, {scale.edge} px of "
+        f"{kind.upper()} files of {width}x{height}, and {scale.counts['cache_text_embeds']} captions"
+    )
+
+
 def throughput(name: str, size: str, rounds: int) -> list[list[str]]:
-    """Two rows of the table."""
+    """A row of the table for pictures, and one for texts."""
+    kinds = {"cache_vae": "pictures", "cache_text_embeds": "texts"}
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        counts = COUNTS[size]
+        scale = SCALES[size]
         write_models(name, size, scratch / "base")
-        for dataset, count, edge in (
-            ("cache_vae", counts["cache_vae"], EDGE), ("cache_text_embeds", counts["cache_text_embeds"], 16),
-            ("start", FIRST, EDGE),
-        ):  # fmt: skip
-            make_dataset(scratch / dataset, count, edge)
         ref = ModelRef.model_validate({"family": name, "path": str(scratch / "base")})
-        works = bare_pictures(ref, scratch / "cache_vae") | bare_texts(ref, counts["cache_text_embeds"])
-        for kind in counts:
-            works |= {f"{kind} whole": partial(run_afresh, kind, ref, scratch / kind)}
-            works |= {f"{kind} start": partial(run_afresh, kind, ref, scratch / "start")}
-        alternate(1, works)
+        for kind, count in scale.counts.items():
+            file = scale.file if kind == "cache_vae" else (16, 16, "png")
+            make_dataset(scratch / kind, count, file)
+            make_dataset(scratch / f"{kind}-start", scale.first[kind], file)
+        works = bare_pictures(ref, scratch / "cache_vae", scale) | bare_texts(ref, scale.counts["cache_text_embeds"])
+        for kind in scale.counts:
+            works |= {f"{kind} whole": partial(run_afresh, kind, ref, scratch / kind, scale)}
+            works |= {f"{kind} start": partial(run_afresh, kind, ref, scratch / f"{kind}-start", scale)}
+        # Calls of wide models take many seconds: no time to warm up, for a layout that is known as slower, nor for one
+        # autoencoder twice.
+        if size == "wide":
+            works.pop("cache_vae alone plain")
+            kinds.pop("cache_vae" if name == "pixart_sigma" else "", "")
+        works = {label: work for label, work in works.items() if label.split()[0] in kinds}
+        if size != "wide":
+            alternate(1, works)
         seconds = alternate(rounds, works)
-    seconds["cache_vae alone"] = min(seconds["cache_vae alone"], seconds["cache_vae alone plain"])
+    if "cache_vae alone plain" in seconds:
+        seconds["cache_vae alone"] = min(seconds["cache_vae alone"], seconds["cache_vae alone plain"])
     rows = []
-    for kind, what in (("cache_vae", "pictures"), ("cache_text_embeds", "texts")):
-        alone, prepared = (counts[kind] / seconds[f"{kind} {loop}"] for loop in ("alone", "prepared"))
+    for kind, what in kinds.items():
+        alone, prepared = (scale.counts[kind] / seconds[f"{kind} {loop}"] for loop in ("alone", "prepared"))
         # The step on a few samples is loading and little else.
-        ours = (counts[kind] - FIRST) / (seconds[f"{kind} whole"] - seconds[f"{kind} start"])
-        rates = [f"{rate:,.0f}" for rate in (alone, prepared, ours)]
+        encoded = scale.counts[kind] - scale.first[kind]
+        ours = encoded / (seconds[f"{kind} whole"] - seconds[f"{kind} start"])
+        rates = [f"{rate:,.0f}" if rate >= 10 else f"{rate:.3f}" for rate in (alone, prepared, ours)]
         rows.append([size, name, what, *rates, f"{ours / alone:.0%}", f"{ours / prepared:.0%}"])
     return rows
 
 
 def write_models(name: str, size: str, folder: Path) -> None:
-    """A unit pipeline; for ``mid`` with a larger autoencoder and larger text encoders."""
+    """A unit pipeline; for ``mid`` and ``wide`` models with a larger autoencoder and larger text encoders."""
     pipeline = build_pipeline(name, "unit")
-    if size == "mid":
+    if size != "unit":
         torch.manual_seed(0)
-        vae = dc_autoencoder((16, 32, 64, 64), 4) if name == "sana" else kl_autoencoder((16, 32, 64, 64), 4)
+        vae = mid_autoencoder(name) if size == "mid" else wide_autoencoder(name)
         pipeline.register_modules(vae=vae)
         for part in ("text_encoder", "text_encoder_2"):
             small = getattr(pipeline, part, None)
             if small is not None:
-                pipeline.register_modules(**{part: larger(small)})
+                sizes = mid_text_sizes(small) if size == "mid" else text_sizes(small)
+                pipeline.register_modules(**{part: larger(small, sizes)})
     write_pipeline(pipeline, folder)
 
 
-def larger(encoder: Any) -> nn.Module:
-    """A text encoder of the same kind, six layers of width 256."""
+def mid_autoencoder(name: str) -> nn.Module:
+    """Of at most 64 channels."""
+    channels = (16, 32, 64, 64)
+    vae: nn.Module = dc_autoencoder(channels, 4) if name == "sana" else kl_autoencoder(channels, 4)
+    return vae
+
+
+def mid_text_sizes(encoder: Any) -> dict[str, int]:
+    """Six layers of width 256."""
     config = encoder.config
     sizes: dict[str, int] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6}
     if config.model_type == "t5":
@@ -134,21 +201,29 @@ def larger(encoder: Any) -> nn.Module:
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "query_pre_attn_scalar": 64}
     else:
         sizes |= {"num_attention_heads": 4, "projection_dim": 256}
+    return sizes
+
+
+def larger(encoder: Any, sizes: dict[str, int]) -> nn.Module:
+    """A text encoder of the same kind and other size."""
+    config = encoder.config
     others = {key: value for key, value in config.to_dict().items() if key != "layer_types"}  # One for each layer.
     made: nn.Module = type(encoder)(type(config).from_dict(others | sizes))
     return made.eval()
 
 
-def bare_pictures(ref: ModelRef, dataset: Path) -> dict[str, Callable[[], object]]:
+def bare_pictures(ref: ModelRef, dataset: Path, scale: Scale) -> dict[str, Callable[[], object]]:
     """Both bare loops over the VAE."""
     family = load_family(ref.family)
     vae = family.load_vae(ref, CPU)
     plain: Any = family.load_vae(ref, CPU).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    noise = torch.randn(PICTURES, *family.latent_shape(vae, EDGE, EDGE))
+    edge, batch = scale.edge, scale.batch
+    noise = torch.randn(batch, *family.latent_shape(vae, edge, edge))
     files = [dataset / sample.file for sample in read_rows(dataset, "samples.jsonl", Sample)]
-    groups = [files[start : start + PICTURES] for start in range(0, len(files), PICTURES)]
-    whole = Placement((EDGE, EDGE), (0, 0), (EDGE, EDGE), "1.0")
-    pixels = torch.randn(PICTURES, 3, EDGE, EDGE)
+    groups = [files[start : start + batch] for start in range(0, len(files), batch)]
+    placement = place(geometry(edge), *scale.file[:2], "")
+    assert isinstance(placement, Placement)  # Nothing limits it.
+    pixels = torch.randn(batch, 3, edge, edge)
     last = pixels.to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
@@ -164,7 +239,7 @@ def bare_pictures(ref: ModelRef, dataset: Path) -> dict[str, Callable[[], object
     @torch.inference_mode()
     def prepared() -> None:
         for group in groups:
-            ready = torch.stack([to_pixels(open_picture(file), whole) for file in group])
+            ready = torch.stack([to_pixels(open_picture(file), placement) for file in group])
             family.encode_pixels(vae, ready, noise)
 
     return {"cache_vae alone": alone_last, "cache_vae alone plain": alone_plain, "cache_vae prepared": prepared}
@@ -207,39 +282,44 @@ def recorded(encoders: Any, work: Callable[[], object]) -> list[tuple[nn.Module,
     return calls
 
 
-def run_afresh(kind: str, ref: ModelRef, dataset: Path) -> None:
+def run_afresh(kind: str, ref: ModelRef, dataset: Path, scale: Scale) -> None:
     """Run a cache step on an empty store."""
     out = dataset.parent / "out"
     shutil.rmtree(out, ignore_errors=True)
-    run_step(kind, ref, dataset, out, EDGE)
+    run_step(kind, ref, dataset, out, scale.edge, scale.batch)
 
 
-def run_step(kind: str, ref: ModelRef, dataset: Path, out: Path, edge: int) -> None:
-    """Run one cache step; pictures are ``edge`` pixels wide and high."""
+def run_step(kind: str, ref: ModelRef, dataset: Path, out: Path, edge: int, batch: int = 4) -> None:
+    """Run one cache step; pictures end up ``edge`` pixels wide and high."""
     if kind == "cache_vae":
-        geometry = Geometry(
-            resolution=edge, resolution_type="pixel", aspect_bucket_alignment=8, crop=True, crop_style="center"
-        )
-        datasets = (DatasetGeometry(id="bench", geometry=geometry),)
-        cache_vae(CacheVaeSection(model=ref, datasets=datasets, dtype="bf16", vae_batch_size=PICTURES), dataset, out)
+        datasets = (DatasetGeometry(id="bench", geometry=geometry(edge)),)
+        cache_vae(CacheVaeSection(model=ref, datasets=datasets, dtype="bf16", vae_batch_size=batch), dataset, out)
     else:
         cache_text_embeds(CacheTextSection(model=ref, text_encoder_batch_size=BATCH, dtype="bf16"), dataset, out)
 
 
-def make_dataset(folder: Path, count: int, edge: int) -> None:
+def geometry(edge: int) -> Geometry:
+    """The middle square of a picture."""
+    return Geometry(resolution=edge, resolution_type="pixel", aspect_bucket_alignment=8, crop=True, crop_style="center")
+
+
+def make_dataset(folder: Path, count: int, file: tuple[int, int, str]) -> None:
     """A dataset artifact of ``count`` different pictures."""
-    make_pictures(folder, count, edge)
+    make_pictures(folder, count, *file)
     download(folder)
 
 
-def make_pictures(folder: Path, count: int, edge: int) -> None:
-    """Noise that is quick to draw: one large picture, cut at different places."""
+def make_pictures(folder: Path, count: int, width: int, height: int, kind: str = "png") -> None:
+    """Noise that is quick to draw, cut at different places of one large picture; blurred as a photograph for JPEG."""
     pictures = folder.parent / f"{folder.name}-pictures"
     pictures.mkdir(parents=True)
-    large = Image.effect_noise((edge + 400, edge + 400), 60).convert("RGB")
+    large = Image.effect_noise((width + 400, height + 400), 60).convert("RGB")
+    if kind == "jpg":
+        large = large.resize((large.width // 4, large.height // 4)).resize(large.size, Image.Resampling.BICUBIC)
     for index in range(count):
         left, top = index % 400, index // 400
-        large.crop((left, top, left + edge, top + edge)).save(pictures / f"{caption(index)}.png", compress_level=1)
+        cut = large.crop((left, top, left + width, top + height))
+        cut.save(pictures / f"{caption(index)}.{kind}", compress_level=1, quality=90)
 
 
 def download(folder: Path) -> None:

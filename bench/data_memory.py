@@ -66,7 +66,7 @@ def run(step: str, scratch: Path, count: int) -> None:
     logging.disable(logging.WARNING)
     dataset, base = scratch / "dataset", scratch / "base"
     if step == "none":
-        make_pictures(dataset, count, EDGE)
+        make_pictures(dataset, count, EDGE, EDGE)
         write_pipeline(build_pipeline(FAMILY, "unit"), base)
     elif step == "plan":
         plan(dataset, base)

@@ -101,7 +101,7 @@ class Side:
         """Write the model and the pictures into ``folder``."""
         base = folder / "base"
         write_pipeline(build_pipeline(work.family, size), base)
-        make_pictures(folder / "dataset", pictures, work.edge)
+        make_pictures(folder / "dataset", pictures, work.edge, work.edge)
         return cls(work, folder, base)
 
     @property

@@ -59,7 +59,7 @@ class EncodedSamples:
         self._captions = RowFile(CaptionRow)
         self._texts = RowFile(TextRow)
         parents: dict[str, Path] = {}
-        samples, skipped = self._read_latents(latents, parents)
+        samples, skipped, waiting = self._read_latents(latents, parents)
         captioned: list[str] = []
         for folder in text_embeds:
             embeds = read_artifact(folder, TextEmbedsArtifact)
@@ -74,13 +74,16 @@ class EncodedSamples:
             raise ArtifactError(f"{folders} were made of different datasets; run cache_vae and cache_text_embeds again")
         _check_pairs(samples, set(captioned), skipped)
         self._shards.verify()
-        if maker is None and (waiting := [folder for folder in latents if read_artifact(folder, LatentsArtifact).left]):
+        if maker is None and waiting:
             raise ArtifactError(f"{waiting[0]} leaves latents to be made, and nothing was given to make them")
 
-    def _read_latents(self, folders: Sequence[Path], parents: dict[str, Path]) -> tuple[list[str], set[str]]:
-        """Open the latents; returns the samples' ids by position, and those that were skipped."""
+    def _read_latents(
+        self, folders: Sequence[Path], parents: dict[str, Path]
+    ) -> tuple[list[str], set[str], list[Path]]:
+        """Open the latents; returns the samples' ids by position, those skipped, and folders with some left to make."""
         samples: list[str] = []
         skipped: set[str] = set()
+        waiting: list[Path] = []
         for folder in folders:
             artifact = read_artifact(folder, LatentsArtifact)
             self._open(folder, artifact)
@@ -90,10 +93,11 @@ class EncodedSamples:
                 samples.append(row.sample)
                 self.groups[row.dataset][row.target_size].append(position)
             skipped |= {skip.name for skip in artifact.skipped}
+            waiting += [folder] if artifact.left else []
         for sizes in self.groups.values():
             for positions in sizes.values():
                 positions.sort(key=samples.__getitem__)
-        return samples, skipped
+        return samples, skipped, waiting
 
     def captions(self, sample: str) -> tuple[str, ...]:
         """The captions of a sample."""

@@ -159,8 +159,10 @@ def _webp_size(header: bytes) -> tuple[int, int] | None:
 
 
 def to_bytes(image: Image.Image, placement: Placement) -> "Tensor":
-    """Resize (Lanczos) and cut an RGB picture: uint8 of shape [3, height, width]."""
-    import numpy as np
+    """Resize (Lanczos) and cut an RGB picture: uint8 of shape [3, height, width].
+
+    In memory a pixel's colours stay side by side, as Pillow gives them and autoencoders take them.
+    """
     import torch
 
     if image.mode != "RGB":
@@ -171,8 +173,8 @@ def to_bytes(image: Image.Image, placement: Placement) -> "Tensor":
     width, height = placement.target_size
     if image.size != placement.target_size:
         image = image.crop((left, top, left + width, top + height))
-    rows = np.frombuffer(image.tobytes(), np.uint8).reshape(height, width, 3)
-    return torch.from_numpy(np.array(rows.transpose(2, 0, 1), order="C"))
+    colours = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return colours.view(height, width, 3).permute(2, 0, 1)
 
 
 def read_pixels(path: Path, sha256: str, sample: str, placement: Placement) -> "Tensor":
@@ -206,7 +208,7 @@ def _decode(
     if not data:
         raise PictureError("empty file", path)
     try:
-        with closing(Image.open(io.BytesIO(data))) as image:
+        with Image.open(io.BytesIO(data)) as image:  # Its end closes the stream; closing(image) would take the pixels.
             _refuse_bomb(image)
             kind = (image.format or "bin").lower()
             image.load()
@@ -240,7 +242,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy what is RGB already.
 
 
 def _opaque_to_rgb(image: Image.Image) -> Image.Image:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Generic
@@ -18,28 +19,26 @@ class RowFile(Generic[RecordT]):
     def __init__(self, row_type: type[RecordT]) -> None:
         self._type = row_type
         self._files: list[int] = []
-        self._starts = array("Q")
-        self._ends = array("Q")
-        self._places = array("H")
+        # Offsets count on from file to file: where each starts, and where each row ends.
+        self._starts: list[int] = []
+        self._ends = array("Q", [0])
 
     def add(self, path: Path) -> Iterator[tuple[int, RecordT]]:
         """Append the rows of the file at ``path``; yields them with their positions, and must be exhausted."""
         with path.open("rb") as stream:
             self._files.append(os.dup(stream.fileno()))
-            start = 0
+            self._starts.append(self._ends[-1])
             for line in stream:
-                self._starts.append(start)
-                start += len(line)
-                self._ends.append(start)
-                self._places.append(len(self._files) - 1)
-                yield len(self._starts) - 1, self._type.model_validate_json(line)
+                self._ends.append(self._ends[-1] + len(line))
+                yield len(self) - 1, self._type.model_validate_json(line)
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._ends) - 1
 
     def __getitem__(self, position: int) -> RecordT:
-        start, end = self._starts[position], self._ends[position]
-        return self._type.model_validate_json(os.pread(self._files[self._places[position]], end - start, start))
+        start, end = self._ends[position], self._ends[position + 1]
+        file = bisect_right(self._starts, start) - 1
+        return self._type.model_validate_json(os.pread(self._files[file], end - start, start - self._starts[file]))
 
     def __del__(self) -> None:
         for file in self._files:

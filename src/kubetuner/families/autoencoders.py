@@ -41,7 +41,8 @@ class KlLatents:
 
 def as_wanted(vae: Any, pixels: Tensor) -> Tensor:
     """``pixels`` on the autoencoder's device, in its dtype and channels last, as its weights are loaded."""
-    return pixels.to(vae.device, vae.dtype, memory_format=torch.channels_last)
+    weights = next(vae.parameters())  # Not vae.device and vae.dtype: diffusers finds these by a walk over all modules.
+    return pixels.to(weights.device, weights.dtype, memory_format=torch.channels_last)
 
 
 def _shift(vae: Any) -> float:

@@ -57,8 +57,10 @@ class Encoder:
     def _encode(self, keys: Sequence[str], pixels: Sequence[Tensor], moments: bool) -> Named:
         """For a full batch, on the VAE's device; it is filled up with the last picture."""
         missing = self.batch_size - len(keys)
+        # Colours last, as they lie in memory: stacked otherwise they would be sorted here, and back by the autoencoder.
+        stacked = torch.stack([one.permute(1, 2, 0) for one in [*pixels, *[pixels[-1]] * missing]])
         # Whole bytes travel: a quarter of what floats would be.
-        full = to_floats(torch.stack([*pixels, *[pixels[-1]] * missing]).to(self.device))
+        full = to_floats(stacked.to(self.device).permute(0, 3, 1, 2))
         if moments:
             return dict(zip(MOMENTS, self.family.encode_moments(self.vae, full), strict=True))
         shape = self.family.latent_shape(self.vae, full.shape[2], full.shape[3])

@@ -9,6 +9,9 @@ from torch import nn
 from kubetuner.config.sections.steps import ModelRef
 from kubetuner.errors import InputError
 
+REMEMBERED_WORDS = 1000
+"""What a tokenizer remembers of the words it has parted, instead of 10,000."""
+
 
 def hub_revision(ref: ModelRef) -> str | None:
     """The revision to ask the hub for; a folder's revision is the hash of its contents and asks for nothing."""
@@ -34,8 +37,19 @@ def load_frozen(part: Any, ref: ModelRef, subfolder: str, device: torch.device) 
 
 
 def load_tokenizer(part: Any, ref: ModelRef, subfolder: str) -> Any:
-    """The tokenizer in ``subfolder``."""
-    return _from_pretrained(part.from_pretrained, ref, subfolder, revision=hub_revision(ref))
+    """The tokenizer in ``subfolder``; it remembers :data:`REMEMBERED_WORDS`.
+
+    To Gemma's a whole caption is one word of 4 to 10 kB, which it hardly sees again. To the others words are words, and
+    the first thousand make up most of every caption.
+    """
+    tokenizer = _from_pretrained(part.from_pretrained, ref, subfolder, revision=hub_revision(ref))
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    # The only way there is: the name has an underscore and is in the package's stubs. Tokenizers that part words by
+    # looking them up have no such memory. A test of what is remembered fails when the name has changed.
+    forget = getattr(model, "_resize_cache", None)
+    if forget is not None:
+        forget(REMEMBERED_WORDS)
+    return tokenizer
 
 
 def load_autoencoder(part: Any, ref: ModelRef, device: torch.device) -> nn.Module:

@@ -7,15 +7,18 @@ that changes leaves its mask as it is.
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
 
 from kubetuner.artifacts import Sample, ShardEntry, TensorSpec
 from kubetuner.config.sections.steps import CacheVaeSection
 from kubetuner.data.geometry import Placement
+from kubetuner.data.keys import Keys
 from kubetuner.data.masks import WEIGHTS, to_weights
 from kubetuner.digests import fingerprint
 from kubetuner.errors import ArtifactError
@@ -53,12 +56,12 @@ class CachedMasks:
 
     Attributes:
         factor: Pixels per latent along an edge.
-        known: Mask key → shard.
+        keys: Of the samples' masks, with the shard of each.
         shape: Of every mask's tensor, ``None`` along an axis that varies; empty without masks.
     """
 
     factor: int
-    known: dict[str, ShardEntry]
+    keys: Keys
     shape: tuple[int | None, ...]
 
     def of(self, item: Placed) -> dict[str, str]:
@@ -66,16 +69,17 @@ class CachedMasks:
         if not item.sample.mask:
             return {}
         key = _key(item, self.factor)
-        return {"mask": key, "mask_shard": self.known[key].file}
+        shard = self.keys.find(key)
+        assert shard is not None  # It was found or has been made.
+        return {"mask": key, "mask_shard": shard.file}
 
     def shards(self) -> tuple[ShardEntry, ...]:
         """All shards, by name."""
-        shards = {entry.file: entry for entry in self.known.values()}
-        return tuple(shards[file] for file in sorted(shards))
+        return self.keys.shards()
 
     def tensors(self) -> dict[str, TensorSpec]:
         """What a mask's tensor looks like."""
-        return {WEIGHTS: TensorSpec(dtype=DTYPE, shape=self.shape)} if self.known else {}
+        return {WEIGHTS: TensorSpec(dtype=DTYPE, shape=self.shape)} if len(self.keys) else {}
 
 
 def cache_masks(
@@ -87,38 +91,31 @@ def cache_masks(
         section: Names the model.
         store: Where latents go too.
         dataset: Folder of the dataset artifact.
-        samples: Yields those with a mask; asked twice, so that of all of them only keys are held in memory.
+        samples: Yields those with a mask; asked twice for the same, so that memory holds packed keys alone.
 
     Raises:
         ArtifactError: A mask's file is missing or damaged.
     """
     factor, _ = vae_shape(section.model)
-    wanted = {_key(item, factor) for item in samples()}
-    if not wanted:
-        return CachedMasks(factor, {}, ())
-    known = store.known(NAMESPACE, wanted)
-    missing = wanted - known.keys()
+    keys = Keys(_key(item, factor) for item in samples())
+    if not len(keys):
+        return CachedMasks(factor, keys, ())
+    for shard, numbers in store.find(NAMESPACE, keys.numbers):
+        keys.put(numbers, shard)
+    missing = keys.missing()
+    first = np.zeros(len(keys), dtype=bool)
+    first[missing] = True
     made = in_threads(
-        lambda one: (one[0], _weights(dataset, one[1], factor)),
-        _first_of_each(missing, samples(), factor),
+        lambda item: (_key(item, factor), _weights(dataset, item, factor)),
+        compress(samples(), first),
         os.cpu_count() or 1,
         "masks",
     )
     while part := dict(islice(made, MASKS_PER_SHARD)):
-        entry = store.write_shard(NAMESPACE, {key: {WEIGHTS: weights} for key, weights in part.items()})
-        known |= dict.fromkeys(part, entry)
-    logger.info("masks: %d reused, %d made", len(wanted) - len(missing), len(missing))
-    shards = {entry.file: entry for entry in known.values()}
-    return CachedMasks(factor, known, store.shapes(shards.values())[WEIGHTS])
-
-
-def _first_of_each(keys: set[str], items: Iterable[Placed], factor: int) -> Iterator[tuple[str, Placed]]:
-    """One item for each of ``keys``."""
-    left = set(keys)
-    for item in items:
-        if (key := _key(item, factor)) in left:
-            left.remove(key)
-            yield key, item
+        shard = store.write_shard(NAMESPACE, {key: {WEIGHTS: weights} for key, weights in part.items()})
+        keys.put(keys.numbers(part), shard)
+    logger.info("masks: %d reused, %d made", len(keys.firsts()) - len(missing), len(missing))
+    return CachedMasks(factor, keys, store.shapes(keys.shards())[WEIGHTS])
 
 
 def _key(item: Placed, factor: int) -> str:

@@ -114,7 +114,7 @@ class _Texts:
     def __getitem__(self, place: int) -> str:
         return self._rows[self._row[place]].texts[self._turn[place]] if place else ""
 
-    def missing(self) -> NDArray[np.int64]:
+    def missing(self) -> NDArray[np.uint32]:
         """The place of each text that is in no shard, similar lengths together, whatever the order of the captions."""
         first = self.keys.missing()
         return first[np.argsort(np.frombuffer(self._length, dtype=np.uint32)[first], kind="stable")]

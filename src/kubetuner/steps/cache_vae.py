@@ -35,7 +35,7 @@ from kubetuner.data.pictures import read_pixels
 from kubetuner.data.rows import RowFile
 from kubetuner.digests import fingerprint
 from kubetuner.progress import Progress
-from kubetuner.steps.allocation import keep_freed_memory
+from kubetuner.steps.allocation import keep_freed_memory, share_freed_memory
 from kubetuner.steps.cache_masks import CachedMasks, cache_masks
 from kubetuner.steps.download_dataset import read_dataset
 from kubetuner.store import Store, require_store, resolve_store
@@ -216,7 +216,7 @@ class _Samples:
         """Those with a mask."""
         return (self._placed(position) for position in self._masked)
 
-    def missing(self) -> NDArray[np.int64]:
+    def missing(self) -> NDArray[np.uint32]:
         """One sample for each key that is in no shard, those of one target size together."""
         first = self.keys.missing()
         return first[np.lexsort((first, np.frombuffer(self._sizes, dtype=np.uint64)[first]))]
@@ -244,6 +244,7 @@ def _encode(section: CacheVaeSection, store: Store, namespace: str, samples: _Sa
     from kubetuner.families.encoding import load_encoder
 
     keep_freed_memory()
+    share_freed_memory()
     encoder = load_encoder(section.model, section.dtype, section.vae_batch_size)
     encoded = 0
     ready: dict[str, dict[str, Tensor]] = {}

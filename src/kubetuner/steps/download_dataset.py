@@ -32,6 +32,7 @@ from kubetuner.artifacts import (
 from kubetuner.config.sections.sources import DatasetSource, DownloadSection
 from kubetuner.data.captions import CaptionError, captions_for
 from kubetuner.data.pictures import PictureError, check_picture
+from kubetuner.data.rows import Positions
 from kubetuner.digests import canonical_json, sha256_of
 from kubetuner.errors import DatasetError, on_one_line
 from kubetuner.progress import Progress
@@ -136,7 +137,6 @@ class _Folders:
 def _download(section: DownloadSection, folders: _Folders) -> DatasetArtifact:
     out = folders.out
     skipped: list[tuple[str, Skipped]] = []
-    others = {path for folder in folders.all for path in (folder / FILES_FOLDER).rglob("*") if path.is_file()}
     with ExitStack() as stack:
         origins = _list(section, stack)
         taken = _Taken(stack.enter_context(tempfile.TemporaryFile(dir=out)))
@@ -148,19 +148,35 @@ def _download(section: DownloadSection, folders: _Folders) -> DatasetArtifact:
                 skipped.append((picture.dataset, result))
                 taken.add(None)
             else:
-                others -= {folders.of(result.dataset) / result.file, out / result.mask}
                 taken.add(result)
             progress.advance(note=f"{len(skipped)} skipped" if skipped else "")
         _judge(section, origins, skipped)
         count = write_rows(out, SAMPLES_FILE, _in_order(origins, taken))
-    for path in others:  # Pictures that an earlier run left here and that are no longer in the dataset.
-        path.unlink()
+    _remove_others(folders)
     return DatasetArtifact(
         fingerprint=_fingerprint(read_rows(out, SAMPLES_FILE, Sample)),
         files=(describe_file(out, SAMPLES_FILE),),
         num_samples=count,
         skipped=tuple(skip for _, skip in skipped),
     )
+
+
+def _remove_others(folders: _Folders) -> None:
+    """Remove the files that an earlier run left here and that are no longer in the dataset."""
+    for folder in dict.fromkeys(folders.all):
+        kept = Positions(_files_in(folder, folders))
+        for path in (folder / FILES_FOLDER).rglob("*"):
+            if path.is_file() and not kept.of(path.relative_to(folder).as_posix()):
+                path.unlink()
+
+
+def _files_in(folder: Path, folders: _Folders) -> Iterator[str]:
+    """The pictures and masks of the dataset that belong in ``folder``."""
+    for sample in read_rows(folders.out, SAMPLES_FILE, Sample):
+        if folders.of(sample.dataset) == folder:
+            yield sample.file
+        if sample.mask and folders.out == folder:
+            yield sample.mask
 
 
 class _Taken:
