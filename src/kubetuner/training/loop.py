@@ -179,7 +179,7 @@ def _run_backwards(job: Job, learner: _Learner, feed: Feed, step: int, graphs: G
         seed_dropout(section.seed, step, micro)
         compiling = nullcontext() if graphs is None else graphs.allowing(question)
         with compiling, processes.accumulating(learner.network, micro == micro_steps[-1]):
-            loss = job.objective.losses(learner.network, question)
+            loss = job.objective.losses(learner.network, question, processes.in_step)
             (loss.mean() / len(micro_steps)).backward()  # type: ignore[no-untyped-call]
         samples.extend(question.samples)
         regularising.extend([question.regularising] * len(question.samples))

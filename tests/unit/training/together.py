@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kubetuner.config.sections.adapter import LoraSettings
 from kubetuner.config.sections.distribution import FsdpSettings
-from kubetuner.config.sections.objective import EmaSettings
+from kubetuner.config.sections.objective import EmaSettings, ReflexSettings, RolloutSettings
 from kubetuner.errors import TrainingError
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.distributed.processes import ALONE, Processes, joined, of_group
@@ -24,6 +24,9 @@ from tests.unit.training.conftest import RandomBatch, RandomBatches, Setup
 
 DDP, FSDP = None, FsdpSettings()
 LOHA = LoraSettings(algorithm="loha", rank=2, alpha=2.0, module_dropout=0.4, target_classes=("Attention",))
+PISSA = LoraSettings(rank=2, alpha=2.0, dropout=0.0, init_type="pissa", target_modules=("to_q", "proj_out"))
+SOMETIMES = RolloutSettings(max_offset=3, probability=0.5, final_probability=0.5)
+REFLEX = SOMETIMES.model_copy(update={"reflex": ReflexSettings()})
 FULL = {"model_type": "full", "lora": None}
 
 
@@ -61,6 +64,10 @@ CASES = {
     "sana-dora-fsdp": Case("sana", FSDP, {"lora": LoraSettings(rank=2, alpha=4.0, dropout=0.3, use_dora=True)}),
     "sana-loha-ddp": Case("sana", settings={"lora": LOHA}, accumulation=2),
     "sana-regularised-ddp": Case("sana", regularising=True),
+    "sana-regularised-fsdp": Case("sana", FSDP, regularising=True),
+    "sana-pissa-fsdp": Case("sana", FSDP, {"lora": PISSA}, regularising=True),
+    "sana-reflex-fsdp": Case("sana", FSDP, FULL | {"rollout": REFLEX}, accumulation=2),
+    "sdxl-rollout-fsdp": Case("sdxl", FSDP, {"rollout": SOMETIMES}),
     "sana-by-value-fsdp": Case("sana", FSDP, {"grad_clip_method": "value", "max_grad_norm": 1e-4}),
     "sana-lion-fsdp": Case("sana", FSDP, FULL | {"optimizer": "optimi-lion", "learning_rate": 1e-4}),
     "sana-optimi-fsdp": Case("sana", FSDP, FULL | {"optimizer": "optimi-adamw"}),
