@@ -80,6 +80,10 @@ class Question:
             named |= {"departure.start": self.departure.start, "departure.levels": self.departure.levels}
         return named | {f"conditioning.{name}": tensor for name, tensor in self.conditioning.items()}
 
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Those of what the denoiser sees: latents and text."""
+        return tuple(tuple(tensor.shape) for tensor in (self.noisy.noisy_latents, *self.conditioning.values()))
+
     def pinned(self) -> "Question":
         """The same in page-locked memory."""
         return self._with_each(Tensor.pin_memory)
@@ -90,8 +94,8 @@ class Question:
         return self.regularising or self.departure is not None
 
     def of(self, rows: list[int]) -> "Question":
-        """Some of the samples, without their departure."""
-        if len(rows) == len(self.samples):
+        """Some of the samples, any of them as often as it is named, without their departure."""
+        if rows == list(range(len(self.samples))):
             return replace(self, departure=None)
         some = self._with_each(lambda tensor: tensor[rows])
         return replace(some, samples=tuple(self.samples[row] for row in rows), departure=None)
@@ -116,6 +120,8 @@ class Objective:
         rollout: Which samples' noisy latents the model draws itself; ``None`` for none.
         micro_steps: Micro-steps of an optimizer step.
         pad_text_to: Padded texts have a multiple of so many tokens.
+        whole_batches: A rollout of some samples of a batch asks for as many as the batch has, for want of others the
+            first of them again: a compiled network knows no other shape.
     """
 
     family: Family
@@ -129,6 +135,7 @@ class Objective:
     rollout: RolloutSettings | None = None
     micro_steps: int = 1
     pad_text_to: int = PAD_TO
+    whole_batches: bool = False
 
     def question(self, batch: Batch, step: int, micro: int) -> Question:
         """Draw noise and levels for ``batch`` and noise it, on the CPU."""
@@ -198,9 +205,13 @@ class Objective:
     ) -> Arrival:
         def ask(noisy: Tensor, timesteps: Tensor, rows: list[int]) -> Tensor:
             in_step(True)
+            count = len(rows)
+            if self.whole_batches:
+                places = [*range(count), *[0] * (len(question.samples) - count)]
+                noisy, timesteps, rows = noisy[places], timesteps[places], [rows[place] for place in places]
             some = question.of(rows)
             noised = replace(some.noisy, noisy_latents=noisy, timesteps=timesteps)
-            return self.answer(denoiser, replace(some, noisy=noised))
+            return self.answer(denoiser, replace(some, noisy=noised))[:count]
 
         return arrive(rollout, self.process, departure, question.noisy, ask)
 
