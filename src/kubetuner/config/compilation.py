@@ -71,11 +71,6 @@ def read_compilation(values: Values, where: str, problems: list[Problem]) -> Com
     if (precision := values.text("base_model_precision", "no_change")) != "no_change":
         message = f"is {backend!r}; compiling over base_model_precision {precision!r} is not available yet; use 'no'."
         refuse("dynamo_backend", message)
-    if values.flag("fsdp_enable"):
-        refuse("dynamo_backend", f"is {backend!r}; compiling sharded weights is not available yet; use 'no'.")
-    if values.integer("scheduled_sampling_max_step_offset", 0):
-        message = "a rollout asks for any part of a batch, and each would be a shape of its own to compile; use 'no'."
-        refuse("dynamo_backend", f"is {backend!r}; {message}")
     return CompileSettings.model_validate(
         {
             "backend": backend,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kubetuner.config.sections.adapter import LoraSettings
 from kubetuner.errors import InputError
@@ -90,21 +91,19 @@ def without_adapter(denoiser: nn.Module) -> Iterator[None]:
     Where the adapter started from the base's weights these hold the rest only: its start makes them whole.
     """
     layers = _adapted(denoiser).values()
-    whole = [layer for layer in layers if not hasattr(layer, _START_A)]
-    halves = [layer for layer in layers if hasattr(layer, _START_A)]
     was_training = denoiser.training
     denoiser.eval()
-    for layer in whole:
-        layer.enable_adapters(enabled=False)
-    for layer in halves:
-        _exchange_start(layer)
+    hooks = [layer.register_forward_hook(_add_start) for layer in layers if hasattr(layer, _START_A)]
+    for layer in layers:
+        # peft's own method takes the adapter's gradients away too, which weights that FSDP2 has gathered would keep.
+        layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer in whole:
-            layer.enable_adapters(enabled=True)
-        for layer in halves:
-            _exchange_start(layer)
+        for layer in layers:
+            layer._disable_adapters = False
+        for hook in hooks:
+            hook.remove()
         denoiser.train(was_training)
 
 
@@ -146,12 +145,10 @@ def _adapted(denoiser: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in denoiser.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def _exchange_start(layer: Any) -> None:
-    """Put what the adapter started from in the place of what was trained, or back."""
-    for name, linear in ((_START_A, layer.lora_A[ADAPTER]), (_START_B, layer.lora_B[ADAPTER])):
-        kept = getattr(layer, name)
-        setattr(layer, name, linear.weight.data)
-        linear.weight.data = kept
+def _add_start(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """What a layer's weights lack, to its output."""
+    start = functional.linear(functional.linear(inputs[0].to(layer.start_A.dtype), layer.start_A), layer.start_B)
+    return (output + start * layer.scaling[ADAPTER]).to(output.dtype)
 
 
 def _targets(denoiser: nn.Module, settings: LoraSettings, default_targets: tuple[str, ...]) -> dict[str, nn.Module]:

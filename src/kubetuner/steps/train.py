@@ -253,6 +253,7 @@ def _job(section: TrainSection, inputs: Inputs, processes: "Processes", maker: "
             rollout=section.rollout,
             micro_steps=section.gradient_accumulation_steps * processes.count,
             pad_text_to=PAD_TO if section.compilation is None else PAD_TO_COMPILED,
+            whole_batches=section.compilation is not None,
         ),
         batches=batches,
         epochs=batches.epochs,

@@ -51,11 +51,16 @@ class Graphs:
         return f"{text}, {self.unexpected} of them unexpectedly" if self.unexpected else text
 
     @contextmanager
-    def allowing(self, question: Question) -> Iterator[None]:
-        """Around the forward and the backward pass of ``question``: what is compiled inside is counted as its."""
+    def allowing(self, question: Question, ahead: bool) -> Iterator[None]:
+        """Around the forward and the backward pass of ``question``: what is compiled inside is counted as its.
+
+        Args:
+            question: The batch.
+            ahead: The network is asked before it is trained on it, for whichever process.
+        """
         from torch._dynamo import config
 
-        key = _key(question)
+        key = _key(question, ahead)
         self._seen[key] += 1
         before, limit = _count(), _MOST_PER_SHAPE * len(self._seen)
         with config.patch(recompile_limit=limit, accumulated_recompile_limit=limit):
@@ -82,12 +87,13 @@ def compiled(denoiser: nn.Module, settings: CompileSettings | None, blocks: Sequ
     if settings is None:
         yield None
         return
-    parts = [part for part in denoiser.modules() if type(part).__name__ in blocks] if settings.regional else [denoiser]
+    parts = [part for part in denoiser.modules() if _is_one_of(part, blocks)] if settings.regional else [denoiser]
     arguments: dict[str, Any] = {"backend": settings.backend, "fullgraph": settings.fullgraph}
     if settings.mode != "default":
         arguments["mode"] = settings.mode
     # As a plain attribute, so that a block stays the module that gradient checkpointing and peft know. What is called
-    # is the same function of the class for all blocks, so those of equal shapes share their graphs.
+    # is the same function of the class for all blocks, so those of equal shapes share their graphs. FSDP2 gathers the
+    # weights of a block before it is called, and not while it is traced.
     for part in parts:
         part.__dict__["forward"] = torch.compile(part.forward, dynamic=settings.dynamic, **arguments)
     graphs = Graphs()
@@ -124,8 +130,13 @@ def _has_triton() -> bool:
     return has_triton()
 
 
-def _key(question: Question) -> tuple[object, ...]:
-    return question.regularising, *(tuple(tensor.shape) for tensor in question.named().values())
+def _is_one_of(part: nn.Module, classes: Sequence[str]) -> bool:
+    """Whether it is of one of the ``classes``; FSDP2 gives a sharded module a class of its own below them."""
+    return any(kind.__name__ in classes for kind in type(part).__mro__)
+
+
+def _key(question: Question, ahead: bool) -> tuple[object, ...]:
+    return ahead, question.regularising, *question.shapes()
 
 
 def _count() -> int:

@@ -177,9 +177,9 @@ def _run_backwards(job: Job, learner: _Learner, feed: Feed, step: int, graphs: G
     for micro in micro_steps:
         question = feed.next()
         seed_dropout(section.seed, step, micro)
-        compiling = nullcontext() if graphs is None else graphs.allowing(question)
+        compiling = nullcontext() if graphs is None else graphs.allowing(question, _ahead(job, question))
         with compiling, processes.accumulating(learner.network, micro == micro_steps[-1]):
-            loss = job.objective.losses(learner.network, question)
+            loss = job.objective.losses(learner.network, question, processes.in_step)
             (loss.mean() / len(micro_steps)).backward()  # type: ignore[no-untyped-call]
         samples.extend(question.samples)
         regularising.extend([question.regularising] * len(question.samples))
@@ -195,6 +195,11 @@ def _run_backwards(job: Job, learner: _Learner, feed: Feed, step: int, graphs: G
         gradient=size,
         regularising=processes.all_of(regularising) if job.objective.regularising else (False,) * len(everyones),
     )
+
+
+def _ahead(job: Job, question: Question) -> bool:
+    """Whether any process that this one must keep up with asks the network before it trains on its batch."""
+    return job.objective.asks_ahead and job.processes.in_step(question.asks_ahead)
 
 
 def _save(processes: Processes, checkpoints: Checkpoints, snapshot: Snapshot) -> None:

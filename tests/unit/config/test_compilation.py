@@ -37,15 +37,10 @@ def test_the_keys_are_read(config, expected) -> None:
         ({"dynamo_backend": "induktor"}, "dynamo_backend", "expected 'no' or 'inductor'"),
         ({"dynamo_backend": "inductor", "dynamo_mode": "reduce-overhead"}, "dynamo_mode", "not available yet"),
         ({"dynamo_backend": "eager", "dynamo_mode": "max-autotune-no-cudagraphs"}, "dynamo_mode", "has no effect with"),
-        ({"dynamo_backend": "eager", "fsdp_enable": True}, "dynamo_backend", "compiling sharded weights"),
         (
-            {
-                "dynamo_backend": "eager",
-                "scheduled_sampling_max_step_offset": 9,
-                "scheduled_sampling_probability": 0.5,
-            },
-            "dynamo_backend",
-            "any part of a batch",
+            {"dynamo_backend": "eager", "dynamo_use_regional_compilation": False, "fsdp_enable": True},
+            "dynamo_use_regional_compilation",
+            "compiled one by one",
         ),
         ({"dynamo_fullgraph": True}, "dynamo_fullgraph", "needs dynamo_backend"),
         ({"dynamo_use_regional_compilation": True}, "dynamo_use_regional_compilation", "needs dynamo_backend"),

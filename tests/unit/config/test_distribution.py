@@ -74,11 +74,6 @@ def test_what_decides_is_the_batches_per_step_and_not_who_makes_them() -> None:
         (FSDP | {"fsdp_cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading", "not available yet"),
         (FSDP | {"optimizer": "prodigy"}, "optimizer", "torch-adamw, optimi-adamw, optimi-lion"),
         (FSDP | QUANTISED, "base_model_precision", "cannot be shared out"),
-        (
-            FSDP | {"scheduled_sampling_max_step_offset": 9, "scheduled_sampling_probability": 0.5},
-            "fsdp_enable",
-            "cannot be combined with scheduled sampling",
-        ),
         (FSDP | {"model_type": "lora"} | LOHA, "lycoris_config", "has module_dropout 0.5"),
         ({"context_parallel_size": 2}, "context_parallel_size", "not available yet"),
     ],
@@ -91,6 +86,9 @@ def test_refused(config, key, message) -> None:
     assert message in problems[key]
 
 
-def test_what_processes_would_do_at_different_times_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"fsdp_enable: cannot be combined with is_regularisation_data"):
-        load({"model_type": "lora", "model_family": "sdxl", **FSDP}, [*DATA, KEPT])
+def test_sharding_goes_together_with_what_asks_the_network_twice() -> None:
+    rollout = {"scheduled_sampling_max_step_offset": 9, "scheduled_sampling_probability": 0.5}
+    config = {"model_type": "lora", "model_family": "sdxl", "dynamo_backend": "inductor", **rollout, **FSDP}
+    train = load(config, [*DATA, KEPT]).sections.train
+    assert (train.fsdp, train.rollout, train.compilation) != (None, None, None)
+    assert [one.is_regularisation_data for one in train.datasets] == [False, True]

@@ -90,6 +90,7 @@ class Setup:
             masked=section.masked_loss_probability,
             rollout=section.rollout,
             micro_steps=section.gradient_accumulation_steps,
+            whole_batches=section.compilation is not None,
         )
         return Job(
             section, denoiser, objective, batches, lambda taken: taken / 10, section.max_train_steps, self.device

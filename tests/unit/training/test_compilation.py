@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from kubetuner.config.compilation import CompileSettings, missing_compiler
 from kubetuner.config.sections.adapter import LoraSettings
-from kubetuner.config.sections.objective import EmaSettings
+from kubetuner.config.sections.objective import EmaSettings, RolloutSettings
 from kubetuner.errors import InputError
 from kubetuner.families.text import PAD_TO_COMPILED
 from kubetuner.training.checkpoints import Checkpoints
@@ -94,6 +94,24 @@ def test_switching_the_adapter_off_is_part_of_the_count(setup: Setup, tmp_path: 
     assert losses[3] > 1e-6
     assert graphs.unexpected == 0
     assert graphs.made == 4
+
+
+@pytest.mark.parametrize("family", ["pixart_sigma", "sana"])
+def test_rollouts_need_no_more_shapes(setup: Setup, tmp_path: Path, family: str) -> None:
+    """Samples that a rollout leaves behind would otherwise make batches of their own sizes."""
+    sometimes = RolloutSettings(max_offset=3, probability=0.7, final_probability=0.7)
+    settings = {"model_type": "full", "lora": None, "mixed_precision": "no", "max_train_steps": 6}
+    settings |= {"rollout": sometimes, "learning_rate": 1e-4}
+    expected, _ = train(setup.job(family, RandomBatches(family), **settings), tmp_path / "plain")
+    job = setup.job(family, RandomBatches(family), compilation=EAGER, **settings)
+    moving = [job.question(step, 0).departure for step in range(6)]
+    assert {len(one.moving(0)) for one in moving if one is not None} == {1, 2}
+
+    losses, graphs = train(job, tmp_path / "compiled")
+
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert graphs.shapes == 2  # With a rollout and without.
+    assert (graphs.made, graphs.unexpected) == (4, 0)  # First block and others, with gradients and without.
 
 
 def test_an_unexpected_graph_is_reported_with_torchs_reason(

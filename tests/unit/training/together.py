@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kubetuner.config.compilation import CompileSettings
 from kubetuner.config.sections.adapter import LoraSettings
 from kubetuner.config.sections.distribution import FsdpSettings
-from kubetuner.config.sections.objective import EmaSettings
+from kubetuner.config.sections.objective import EmaSettings, ReflexSettings, RolloutSettings
 from kubetuner.errors import TrainingError
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.distributed.processes import ALONE, Processes, joined, of_group
@@ -24,6 +25,11 @@ from tests.unit.training.conftest import RandomBatch, RandomBatches, Setup
 
 DDP, FSDP = None, FsdpSettings()
 LOHA = LoraSettings(algorithm="loha", rank=2, alpha=2.0, module_dropout=0.4, target_classes=("Attention",))
+PISSA = LoraSettings(rank=2, alpha=2.0, dropout=0.0, init_type="pissa", target_modules=("to_q", "proj_out"))
+SOMETIMES = RolloutSettings(max_offset=3, probability=0.5, final_probability=0.5)
+REFLEX = SOMETIMES.model_copy(update={"reflex": ReflexSettings()})
+LORA = LoraSettings(rank=2, alpha=4.0, dropout=0.0)  # Compiled dropout draws other numbers.
+EAGER, AOT = CompileSettings(backend="eager"), CompileSettings(backend="aot_eager")
 FULL = {"model_type": "full", "lora": None}
 
 
@@ -61,6 +67,12 @@ CASES = {
     "sana-dora-fsdp": Case("sana", FSDP, {"lora": LoraSettings(rank=2, alpha=4.0, dropout=0.3, use_dora=True)}),
     "sana-loha-ddp": Case("sana", settings={"lora": LOHA}, accumulation=2),
     "sana-regularised-ddp": Case("sana", regularising=True),
+    "sana-regularised-fsdp": Case("sana", FSDP, regularising=True),
+    "sana-pissa-fsdp": Case("sana", FSDP, {"lora": PISSA}, regularising=True),
+    "sana-reflex-fsdp": Case("sana", FSDP, FULL | {"rollout": REFLEX}, accumulation=2),
+    "sdxl-rollout-fsdp": Case("sdxl", FSDP, {"rollout": SOMETIMES}),
+    "sana-compiled-fsdp": Case("sana", FSDP, {"compilation": EAGER, "lora": LORA}, regularising=True),
+    "sana-compiled-full-fsdp": Case("sana", FSDP, FULL | {"compilation": AOT, "rollout": REFLEX}, accumulation=2),
     "sana-by-value-fsdp": Case("sana", FSDP, {"grad_clip_method": "value", "max_grad_norm": 1e-4}),
     "sana-lion-fsdp": Case("sana", FSDP, FULL | {"optimizer": "optimi-lion", "learning_rate": 1e-4}),
     "sana-optimi-fsdp": Case("sana", FSDP, FULL | {"optimizer": "optimi-adamw"}),
@@ -89,6 +101,8 @@ def train_case(name: str, setup: Setup, out: Path, processes: Processes = ALONE,
     out.mkdir(parents=True, exist_ok=True)
     settings = {"mixed_precision": "no", "max_train_steps": 3, "max_grad_norm": 0.05, "learning_rate": 1e-3}
     settings |= {"lr_scheduler": "constant", "adam_epsilon": 1e-4, "checkpoint_step_interval": 1} | dict(case.settings)
+    if processes is ALONE:
+        settings["compilation"] = None
     accumulation = case.accumulation * (2 if processes is ALONE else 1)
     batches = RandomBatches(case.family, broken_step=case.broken_step)
     job = setup.job(case.family, batches, gradient_accumulation_steps=accumulation, **settings)
@@ -103,7 +117,8 @@ def train_case(name: str, setup: Setup, out: Path, processes: Processes = ALONE,
         logged.append(torch.tensor([step, *(values[key] for key in sorted(values))], dtype=torch.float64))
 
     try:
-        train_denoiser(job, Checkpoints(out, "key", 5), log)
+        graphs = train_denoiser(job, Checkpoints(out, "key", 5), log).graphs
+        assert graphs is None or (graphs.made and not graphs.unexpected), graphs
     except TrainingError as error:
         (out / f"error-{processes.rank}").write_text(str(error))
     trained = gathered(job).trained()

@@ -83,15 +83,9 @@ def check_fsdp(train: TrainSection, where: str, problems: list[Problem]) -> None
             "fsdp_enable all must have gradients for the same ones; set it to 0, or remove fsdp_enable."
         )
         problems.append(Problem(f"{where}.lycoris_config", message))
-    if train.rollout is not None:
+    if train.compilation is not None and not train.compilation.regional:
         message = (
-            "cannot be combined with scheduled sampling: processes ask the denoiser differently often, and all must "
-            "gather its weights together; remove one of them."
+            "is false; with fsdp_enable weights are gathered between the blocks, so these are compiled one by one: set "
+            "it to true, or remove it."
         )
-        problems.append(Problem(f"{where}.fsdp_enable", message))
-    if any(dataset.is_regularisation_data for dataset in train.datasets):
-        message = (
-            "cannot be combined with is_regularisation_data: only some batches ask the base model, and all processes "
-            "must gather its weights together; remove one of them."
-        )
-        problems.append(Problem(f"{where}.fsdp_enable", message))
+        problems.append(Problem(f"{where}.dynamo_use_regional_compilation", message))

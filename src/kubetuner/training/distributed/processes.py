@@ -80,6 +80,14 @@ class Processes:
         """Whether ``flag`` is set in any process; all must ask."""
         return flag
 
+    def in_step(self, asks: bool) -> bool:
+        """Whether the network is to be asked now, without gradients: if this process ``asks``, or one must keep up.
+
+        To ask a sharded network all processes must gather its weights together. So those that have nothing more to ask
+        before they train on a batch ask all the same, and drop the answer, for as long as another one has.
+        """
+        return asks
+
     def wait(self) -> None:
         """Until all processes are here."""
 
@@ -170,6 +178,9 @@ class _Together(Processes):
         told = torch.tensor(int(flag))
         distributed.all_reduce(told, distributed.ReduceOp.MAX)
         return bool(told)
+
+    def in_step(self, asks: bool) -> bool:
+        return self.any(asks) if self.sharded else asks
 
     def wait(self) -> None:
         self.any(False)

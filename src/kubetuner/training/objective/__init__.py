@@ -17,7 +17,7 @@ from kubetuner.families.lora import without_adapter
 from kubetuner.families.text import PAD_TO
 from kubetuner.training.objective.masks import draw_masks
 from kubetuner.training.objective.noise import draw_noise
-from kubetuner.training.objective.rollout import arrival_losses, arrive, as_in_inference, draw_steps
+from kubetuner.training.objective.rollout import Arrival, arrival_losses, arrive, as_in_inference, draw_steps
 from kubetuner.training.randomness import generator
 
 
@@ -80,13 +80,22 @@ class Question:
             named |= {"departure.start": self.departure.start, "departure.levels": self.departure.levels}
         return named | {f"conditioning.{name}": tensor for name, tensor in self.conditioning.items()}
 
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Those of what the denoiser sees: latents and text."""
+        return tuple(tuple(tensor.shape) for tensor in (self.noisy.noisy_latents, *self.conditioning.values()))
+
     def pinned(self) -> "Question":
         """The same in page-locked memory."""
         return self._with_each(Tensor.pin_memory)
 
+    @property
+    def asks_ahead(self) -> bool:
+        """Whether the denoiser is asked before it is trained on this: for the base's answer, or to roll out."""
+        return self.regularising or self.departure is not None
+
     def of(self, rows: list[int]) -> "Question":
-        """Some of the samples, without their departure."""
-        if len(rows) == len(self.samples):
+        """Some of the samples, any of them as often as it is named, without their departure."""
+        if rows == list(range(len(self.samples))):
             return replace(self, departure=None)
         some = self._with_each(lambda tensor: tensor[rows])
         return replace(some, samples=tuple(self.samples[row] for row in rows), departure=None)
@@ -111,6 +120,8 @@ class Objective:
         rollout: Which samples' noisy latents the model draws itself; ``None`` for none.
         micro_steps: Micro-steps of an optimizer step.
         pad_text_to: Padded texts have a multiple of so many tokens.
+        whole_batches: A rollout of some samples of a batch asks for as many as the batch has, for want of others the
+            first of them again: a compiled network knows no other shape.
     """
 
     family: Family
@@ -124,6 +135,7 @@ class Objective:
     rollout: RolloutSettings | None = None
     micro_steps: int = 1
     pad_text_to: int = PAD_TO
+    whole_batches: bool = False
 
     def question(self, batch: Batch, step: int, micro: int) -> Question:
         """Draw noise and levels for ``batch`` and noise it, on the CPU."""
@@ -152,28 +164,56 @@ class Objective:
             prediction = self.family.predict(denoiser, noisy.noisy_latents, noisy.timesteps, question.conditioning)
         return prediction.float()
 
-    def losses(self, denoiser: nn.Module, question: Question) -> Tensor:
-        """Loss per sample, float32 ``[B]``."""
-        noisy = question.noisy
+    @property
+    def asks_ahead(self) -> bool:
+        """Whether there may be questions that do."""
+        return bool(self.regularising) or self.rollout is not None
+
+    def losses(self, denoiser: nn.Module, question: Question, in_step: Callable[[bool], bool] = bool) -> Tensor:
+        """Loss per sample, float32 ``[B]``.
+
+        Args:
+            denoiser: The network, as the processes share it.
+            question: From :meth:`question`, on the network's device.
+            in_step: See :meth:`~kubetuner.training.distributed.processes.Processes.in_step`.
+        """
+        noisy, arrival = question.noisy, None
         if question.regularising:
             with torch.no_grad(), without_adapter(denoiser):
+                in_step(True)
                 noisy = replace(noisy, target=self.process.as_target(self.answer(denoiser, question), noisy))
-        if self.rollout is not None and question.departure is not None:
-            return self._rolled_out_losses(denoiser, question, self.rollout, question.departure)
-        return self.process.loss(self.answer(denoiser, question), noisy)
+        elif self.rollout is not None and question.departure is not None:
+            with as_in_inference(denoiser):
+                arrival = self._roll_out(denoiser, question, self.rollout, question.departure, in_step)
+            noisy = arrival.drifted
+        if self.asks_ahead:
+            with as_in_inference(denoiser):
+                while in_step(False):
+                    self.answer(denoiser, question)
+        prediction = self.answer(denoiser, replace(question, noisy=noisy))
+        if self.rollout is not None and arrival is not None:
+            return arrival_losses(self.rollout, self.process, arrival, prediction)
+        return self.process.loss(prediction, noisy)
 
-    def _rolled_out_losses(
-        self, denoiser: nn.Module, question: Question, rollout: RolloutSettings, departure: Departure
-    ) -> Tensor:
+    def _roll_out(
+        self,
+        denoiser: nn.Module,
+        question: Question,
+        rollout: RolloutSettings,
+        departure: Departure,
+        in_step: Callable[[bool], bool],
+    ) -> Arrival:
         def ask(noisy: Tensor, timesteps: Tensor, rows: list[int]) -> Tensor:
+            in_step(True)
+            count = len(rows)
+            if self.whole_batches:
+                places = [*range(count), *[0] * (len(question.samples) - count)]
+                noisy, timesteps, rows = noisy[places], timesteps[places], [rows[place] for place in places]
             some = question.of(rows)
             noised = replace(some.noisy, noisy_latents=noisy, timesteps=timesteps)
-            return self.answer(denoiser, replace(some, noisy=noised))
+            return self.answer(denoiser, replace(some, noisy=noised))[:count]
 
-        with as_in_inference(denoiser):
-            arrival = arrive(rollout, self.process, departure, question.noisy, ask)
-        prediction = self.answer(denoiser, replace(question, noisy=arrival.drifted))
-        return arrival_losses(rollout, self.process, arrival, prediction)
+        return arrive(rollout, self.process, departure, question.noisy, ask)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
         return torch.autocast(device.type, torch.bfloat16) if self.mixed_precision else nullcontext()
