@@ -67,7 +67,10 @@ class Sana(Adapters):
         from transformers import AutoTokenizer, Gemma2Model
 
         tokenizer = loading.load_tokenizer(AutoTokenizer, ref, "tokenizer")
-        return TextEncoder(tokenizer, load_text_encoder(Gemma2Model, ref, "text_encoder", 1, rounding, device))
+        model: Any = load_text_encoder(Gemma2Model, ref, "text_encoder", 1, rounding, device)
+        # Nothing is generated: keys and values of every layer would be kept in vain, 1 GB for 16 texts of 300 tokens.
+        model.config.use_cache = False
+        return TextEncoder(tokenizer, model)
 
     def encode_texts(self, encoders: TextEncoder, texts: Sequence[str], section: CacheTextSection) -> list[Named]:
         """Gemma's last hidden states of instruction and text: ``embeds`` ``[tokens, D]``.

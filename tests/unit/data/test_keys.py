@@ -49,4 +49,4 @@ def test_a_key_takes_less_than_sixty_bytes() -> None:
     used, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert used < 60 * len(keys)
-    assert peak < 200 * len(keys)
+    assert peak < 100 * len(keys)

@@ -42,12 +42,12 @@ def test_texts_are_found_the_last_first(texts: list[str], text: str) -> None:
     assert positions.of(text) == [place for place in reversed(range(len(texts))) if texts[place] == text]
 
 
-def test_a_row_takes_less_than_sixty_bytes(tmp_path: Path) -> None:
+def test_a_row_takes_less_than_thirty_bytes(tmp_path: Path) -> None:
     write_rows(tmp_path, "rows.jsonl", (CaptionRow(sample=fingerprint(i), texts=("some words",)) for i in range(5000)))
     tracemalloc.start()
     rows = RowFile(CaptionRow)
     places = Positions(row.sample for _, row in rows.add(tmp_path / "rows.jsonl"))
     used, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert used < 60 * 5000
+    assert used < 30 * 5000
     assert places.of(fingerprint(7)) == [7]

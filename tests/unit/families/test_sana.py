@@ -33,6 +33,16 @@ def test_instruction_lends_context_as_in_the_stock_pipeline(
         assert 0 < len(named["embeds"]) <= length
 
 
+def test_no_keys_and_values_are_kept(refs: dict[str, ModelRef], cpu: torch.device) -> None:
+    encoders = FAMILY.load_text_encoders(refs["sana"], cpu)
+    kept: list[object] = []
+    encoders.model.register_forward_hook(lambda _model, _inputs, output: kept.append(output.past_key_values))
+
+    FAMILY.encode_texts(encoders, ["a red star"], CacheTextSection(model=refs["sana"]))
+
+    assert kept == [None]
+
+
 def test_flow_settings_are_used(refs: dict[str, ModelRef]) -> None:
     flow = FlowSchedule(density="uniform", sigmoid_scale=2.0, shift=1.5)
     process = FAMILY.noise_process(refs["sana"], ProcessSettings(flow=flow))
