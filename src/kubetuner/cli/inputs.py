@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kubetuner.config.json_file import read_json
 from kubetuner.config.keys import plain_name
-from kubetuner.config.load import apply_overrides, read_json
+from kubetuner.config.load import apply_overrides
 from kubetuner.errors import InputError
 
 DATA_KEY = "data_backend_config"

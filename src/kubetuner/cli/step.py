@@ -11,7 +11,7 @@ import click
 from pydantic import ValidationError
 
 from kubetuner.artifacts import Artifact
-from kubetuner.config.load import read_json
+from kubetuner.config.json_file import read_json
 from kubetuner.config.sections.base import Section
 from kubetuner.errors import InputError
 

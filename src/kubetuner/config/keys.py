@@ -18,8 +18,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rapidfuzz import fuzz, process
-
 from kubetuner.errors import Problem
 
 Kind = Literal["int", "float", "bool", "str", "texts", "prompts", "pick", "json"]
@@ -230,6 +228,8 @@ def _apply(name: str, rule: Rule, raw: object, found: dict[str, Value], notes: l
 
 
 def _unknown(name: str, schema: Schema) -> str:
+    from rapidfuzz import fuzz, process
+
     known = [*schema.rules, *schema.aliases]
     nearest = process.extractOne(name, known, scorer=fuzz.ratio, score_cutoff=_NEAREST_SCORE)
     hint = f"did you mean {nearest[0]!r}?" if nearest else "check the spelling or remove the key."

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kubetuner.config.build import build_sections, read_base
 from kubetuner.config.data_file.entries import Data, read_data
+from kubetuner.config.json_file import read_json
 from kubetuner.config.keys import Values, plain_name, read
 from kubetuner.config.models import OUTLINES
 from kubetuner.config.run_file.keys import RUN_SCHEMA
@@ -40,21 +41,6 @@ class RunConfig:
     tracker_project_name: str = ""
     tracker_run_name: str = ""
     allow_dataset_oversubscription: bool = False
-
-
-def read_json(path: Path) -> object:
-    """The JSON value of ``path``.
-
-    Raises:
-        InputError: The file cannot be read or is not JSON.
-    """
-    try:
-        value: object = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}.") from error
-    return value
 
 
 def apply_overrides(config: Mapping[str, object], overrides: Sequence[str]) -> dict[str, object]:

@@ -28,6 +28,7 @@ from kubetuner.data.caption_edits import edit_captions
 from kubetuner.data.keys import Keys
 from kubetuner.data.rows import RowFile
 from kubetuner.digests import fingerprint
+from kubetuner.imports import importing
 from kubetuner.progress import Progress
 from kubetuner.steps.allocation import keep_freed_memory
 from kubetuner.steps.download_dataset import read_dataset
@@ -146,10 +147,12 @@ def _encode(section: CacheTextSection, store: Store, namespace: str, texts: _Tex
     missing = texts.missing()
     if not len(missing):
         return 0
-    import torch
+    with importing():
+        import torch
+        import transformers.modeling_utils  # noqa: F401 - of the text encoders, which are loaded soon
 
-    from kubetuner.families import load_family
-    from kubetuner.families.loading import default_device
+        from kubetuner.families import load_family
+        from kubetuner.families.loading import default_device
 
     keep_freed_memory()
     device = default_device()

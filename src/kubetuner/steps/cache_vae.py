@@ -34,6 +34,7 @@ from kubetuner.data.keys import SAMPLES_PER_SHARD, Keys
 from kubetuner.data.pictures import read_pixels
 from kubetuner.data.rows import RowFile
 from kubetuner.digests import fingerprint
+from kubetuner.imports import importing
 from kubetuner.progress import Progress
 from kubetuner.steps.allocation import keep_freed_memory, share_freed_memory
 from kubetuner.steps.cache_masks import CachedMasks, cache_masks
@@ -239,9 +240,11 @@ def _encode(section: CacheVaeSection, store: Store, namespace: str, samples: _Sa
     missing = samples.missing()
     if not len(missing):
         return 0
-    import torch
+    with importing():
+        import diffusers.models.autoencoders  # noqa: F401 - the VAE is in there, and is loaded soon
+        import torch
 
-    from kubetuner.families.encoding import load_encoder
+        from kubetuner.families.encoding import load_encoder
 
     keep_freed_memory()
     share_freed_memory()

@@ -25,6 +25,7 @@ from kubetuner.artifacts import (
 from kubetuner.config.sections.steps import EvaluateSection
 from kubetuner.digests import fingerprint
 from kubetuner.errors import ArtifactError
+from kubetuner.imports import importing
 
 if TYPE_CHECKING:
     from kubetuner.evaluation.compare import Comparison
@@ -121,8 +122,12 @@ def _check(section: EvaluateSection, trained: ModelArtifact, model: Path) -> Non
 def _held_out(
     section: EvaluateSection, latents: Sequence[Path], text_embeds: Sequence[Path], dataset: Path | None
 ) -> "HeldOut | None":
-    from kubetuner.evaluation.held_out import read_held_out
-    from kubetuner.families import load_family
+    with importing():
+        import diffusers.models.transformers
+        import diffusers.models.unets  # noqa: F401 - the denoiser is in one of the two, and is loaded soon
+
+        from kubetuner.evaluation.held_out import read_held_out
+        from kubetuner.families import load_family
 
     names = load_family(section.model.family).facts.text_tensors
     return read_held_out(section, latents, text_embeds, names, dataset)

@@ -29,6 +29,7 @@ from kubetuner.config.sections.steps import TrainSection
 from kubetuner.config.trainjob import TrainJobSettings, no_trainjob, trainjob_settings
 from kubetuner.digests import fingerprint
 from kubetuner.errors import InputError, TrainingError
+from kubetuner.imports import importing
 
 if TYPE_CHECKING:
     from kubetuner.data.latents import Maker
@@ -81,8 +82,9 @@ def train(
             several processes died.
         TerminatedError: SIGTERM arrived; run again to resume.
     """
-    from kubetuner.training.distributed.launch import launch, wanted_processes
-    from kubetuner.training.distributed.processes import joined
+    with importing():
+        from kubetuner.training.distributed.launch import launch, wanted_processes
+        from kubetuner.training.distributed.processes import joined
 
     if (machines := _other_machines(section)) is not None:
         from kubetuner.steps.train_job import train_in_job
@@ -137,12 +139,16 @@ class WorkerRequest(Record):
 
 def _train(section: TrainSection, inputs: Inputs, out: Path, processes: "Processes") -> ModelArtifact:
     """What each process does; the first one writes, and what it made is what all return."""
-    from kubetuner.families.on_demand import latent_maker
-    from kubetuner.tracking import track
-    from kubetuner.training.checkpoints import Checkpoints
-    from kubetuner.training.loop import train_denoiser
-    from kubetuner.training.saving import gathered
-    from kubetuner.training.threads import limit_threads
+    with importing():
+        import diffusers.models.transformers
+        import diffusers.models.unets  # noqa: F401 - the denoiser is in one of the two, and is loaded soon
+
+        from kubetuner.families.on_demand import latent_maker
+        from kubetuner.tracking import track
+        from kubetuner.training.checkpoints import Checkpoints
+        from kubetuner.training.loop import train_denoiser
+        from kubetuner.training.saving import gathered
+        from kubetuner.training.threads import limit_threads
 
     limit_threads()
     if section.fsdp is not None and processes.count == 1:

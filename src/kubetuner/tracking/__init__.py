@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from kubetuner.errors import ArtifactError
+from kubetuner.imports import importing
 from kubetuner.tracking.journal import Entry, Journal
 from kubetuner.tracking.sender import Sender, first_line, in_background, masked, replay
 from kubetuner.tracking.server import Server, Settings, configure_client, upload_seconds
@@ -219,7 +220,8 @@ def _available(settings: Settings) -> bool:
         logger.warning("MLFLOW_TRACKING_URI is set and mlflow is not installed: nothing is tracked")
         return False
     configure_client()
-    import mlflow  # noqa: F401 - here, so that its seconds do not count as waiting for the server
+    with importing():
+        import mlflow  # noqa: F401 - here, so that its seconds do not count as waiting for the server
 
     return True
 
