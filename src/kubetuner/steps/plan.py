@@ -77,8 +77,7 @@ def make_plan(
     problems.extend(_alignment_problems(sections, run))
     problems.extend(library_problems(sections.train, sections.cache_text_embeds.rounding))
     problems.extend(store_problems())
-    on_demand = [entry.where for entry in run.data.pictures if entry.geometry.vae_cache != "ahead"]
-    problems.extend(trainjob_problems(sections.train, on_demand))
+    problems.extend(trainjob_problems(sections.train))
     if problems:
         raise ConfigError(problems)
     sections = _resolve_repeats(_resolve_datasets(sections, measured, masks), measured)

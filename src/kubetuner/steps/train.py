@@ -89,7 +89,7 @@ def train(
     if (machines := _other_machines(section)) is not None:
         from kubetuner.steps.train_job import train_in_job
 
-        return train_in_job(section, latents, text_embeds, out, machines)
+        return train_in_job(section, latents, text_embeds, out, machines, dataset=dataset)
     count = wanted_processes(section)
     if count > 1:
         request = WorkerRequest(

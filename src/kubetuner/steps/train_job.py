@@ -2,7 +2,8 @@
 
 ::
 
-    <mount>/kubetuner/<TrainJob>/inputs/    the latents and text embeds artifacts, copied from this pod
+    <mount>/kubetuner/<TrainJob>/inputs/    the latents and text embeds artifacts, copied from this pod, and pictures
+                                            whose latents the nodes make
                                  words/     the task, and what goes wrong in any process
                                  model/     the nodes' output, with checkpoints until it is complete
 
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from kubetuner.artifacts import (
     ARTIFACT_FILE,
+    LatentsArtifact,
     ModelArtifact,
     read_artifact,
     verify_files,
@@ -29,6 +31,7 @@ from kubetuner.config.trainjob import GUIDE, TrainJobSettings
 from kubetuner.digests import fingerprint, sha256_of
 from kubetuner.errors import ArtifactError, InputError, TrainingError
 from kubetuner.steps.train import Inputs, WorkerRequest
+from kubetuner.store import require_store
 from kubetuner.training.distributed.launch import ARGUMENT_FILE
 from kubetuner.training.interruption import StopRequest
 from kubetuner.trainjob.cluster import Cluster
@@ -44,6 +47,8 @@ def train_in_job(
     text_embeds: Sequence[Path],
     out: Path,
     settings: TrainJobSettings,
+    *,
+    dataset: Path | None = None,
 ) -> ModelArtifact:
     """Train on ``num_machines`` nodes of a TrainJob and bring the model to ``out``.
 
@@ -53,6 +58,7 @@ def train_in_job(
         text_embeds: Folders of the text embeds artifacts.
         out: Folder of the model artifact.
         settings: What the nodes need to know of the cluster.
+        dataset: Folder of the dataset artifact, or of the pictures set aside.
 
     Raises:
         InputError: The volume, the environment or the cluster's rights are not as they must be.
@@ -74,6 +80,7 @@ def train_in_job(
                 latents=_share(latents, shared / "inputs" / "latents"),
                 text_embeds=_share(text_embeds, shared / "inputs" / "text_embeds"),
                 out=model,
+                dataset=_share_pictures(latents, dataset, shared / "inputs" / "pictures"),
             )
             digest = fingerprint(request, settings)
             job = make_trainjob(name, digest, words, section.num_machines, section.num_train_processes, settings)
@@ -113,6 +120,19 @@ def _check(settings: TrainJobSettings, processes: int) -> None:
 def _share(folders: Sequence[Path], root: Path) -> tuple[Path, ...]:
     """Copies of artifacts where all nodes can read them, named by content: nodes may be reading earlier ones."""
     return tuple(_copy(folder, root / sha256_of(folder / ARTIFACT_FILE)[:16]) for folder in folders)
+
+
+def _share_pictures(latents: Sequence[Path], dataset: Path | None, root: Path) -> Path | None:
+    """A copy of ``dataset`` where ``latents`` leave some to be made; otherwise nobody reads it.
+
+    Raises:
+        InputError: What the nodes encode is to be kept, and there is no store.
+    """
+    artifacts = [read_artifact(folder, LatentsArtifact) for folder in latents]
+    rules = [artifact.on_demand for artifact in artifacts if artifact.on_demand is not None]
+    for rule in rules:
+        require_store(rule.kept)
+    return _share([dataset], root)[0] if rules and dataset is not None else None
 
 
 def _copy(source: Path, target: Path) -> Path:

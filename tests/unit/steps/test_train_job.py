@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kubetuner.artifacts import ModelArtifact, describe_file, read_artifact, verify_files, write_artifact
-from kubetuner.config.sections.steps import TrainSection
+from kubetuner.config.sections.steps import ModelRef, TrainSection
 from kubetuner.config.trainjob import TrainJobSettings
 from kubetuner.errors import ArtifactError, InputError
 from kubetuner.steps.train import WorkerRequest, train
@@ -23,6 +23,7 @@ from kubetuner.trainjob import follow as following
 from kubetuner.trainjob.cluster import Json
 from tests.servers.kubernetes import KubernetesServer, pod_environment, tell_to_stop, wait_until
 from tests.servers.trainer import LocalNodes
+from tests.unit.steps.test_on_demand import _CROP, Place
 from tests.unit.steps.test_train import _caches, _local, _section  # noqa: F401 - the fixture is used by being here
 from tests.unit.steps.test_train_processes import ALONE, _losses
 
@@ -75,6 +76,35 @@ def test_two_machines_train_what_one_does(
     assert caplog.text.count("Trained to step 3") == 2  # By the one, and by the first node, in the log that was cut.
     wait_until(lambda: not server.jobs)
     assert not list((workspace / "kubetuner").iterdir())
+
+
+def test_the_nodes_make_latents_of_pictures(
+    tmp_path: Path, server: KubernetesServer, workspace: Path, bases: dict[str, ModelRef],
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Those of one dataset are kept in the store, those of the other are not."""
+    caplog.set_level("INFO")
+    monkeypatch.setenv("KUBETUNER_STORE", str(workspace / "store"))
+    place = Place(tmp_path, bases["sdxl"])
+    place.write()
+    others = {"id": "b", "instance_data_dir": "others", "vae_cache_disable": True, **_CROP}
+    caches = place.caches("left", {"vae_cache_ondemand": True}, others)
+    before = len(list((workspace / "store/shards").iterdir()))
+
+    place.train(caches, "two", max_train_steps=3, **TWO)
+
+    assert len(list((workspace / "store/shards").iterdir())) > before
+    with monkeypatch.context() as without:
+        without.delenv("KUBETUNER_TRAINJOB")
+        place.train(caches, "alone", max_train_steps=3, **ALONE)
+    assert _losses(tmp_path / "two") == pytest.approx(_losses(tmp_path / "alone"), rel=1e-4)
+    assert "Latents made when they were needed" in caplog.text
+    assert not list((workspace / "kubetuner").iterdir())
+
+    monkeypatch.delenv("KUBETUNER_STORE")
+    with pytest.raises(InputError, match="KUBETUNER_STORE is not set"):
+        place.train(caches, "three", max_train_steps=4, **TWO)
+    assert not server.jobs
 
 
 def test_a_run_that_is_stopped_goes_on_with_another_number_of_machines(

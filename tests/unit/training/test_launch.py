@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -11,9 +13,10 @@ import pytest
 import torch
 
 from kubetuner.config.sections.steps import DatasetSampling, ModelRef, TrainSection
-from kubetuner.errors import TrainingError
+from kubetuner.errors import InputError, TrainingError
 from kubetuner.training.distributed import launch as launching
 from kubetuner.training.distributed.launch import launch, wanted_processes
+from kubetuner.training.distributed.pulse import TIMEOUT_VARIABLE, timeout_seconds
 from kubetuner.training.interruption import TerminatedError
 
 WORKER = "tests.unit.training.worker"
@@ -55,6 +58,31 @@ def test_the_first_error_is_the_one_that_is_told(
         launch(WORKER, _argument(tmp_path, *orders), 2)
 
     assert time.monotonic() - started < 30
+
+
+def test_a_process_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "GRACE_SECONDS", 1.0)
+    monkeypatch.setenv("KUBETUNER_PROCESS_TIMEOUT_MINUTES", "0.05")
+    host = re.escape(socket.gethostname())
+    named = rf"^process 1 \(number \d+ on {host}\) of 3 has not been heard of for 0.05 minutes"
+
+    with pytest.raises(TrainingError, match=named):
+        launch(WORKER, _argument(tmp_path, "trains", "is stopped", "takes long"), 3)
+
+    assert not list(tmp_path.glob("done-*"))
+
+
+def test_a_process_that_works_for_long_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBETUNER_PROCESS_TIMEOUT_MINUTES", "0.05")
+    launch(WORKER, _argument(tmp_path, "trains", "takes long"), 2)
+    assert len(list(tmp_path.glob("done-*"))) == 2
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "inf", "nan"])
+def test_how_long_a_process_may_be_silent_is_a_number(text: str) -> None:
+    with pytest.raises(InputError, match=f"KUBETUNER_PROCESS_TIMEOUT_MINUTES is '{text}'; expected minutes above 0"):
+        timeout_seconds({TIMEOUT_VARIABLE: text})
+    assert timeout_seconds({}) == 600
 
 
 def test_being_told_to_stop_lets_every_process_save(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from kubetuner.config.sections.steps import TrainSection
 from kubetuner.errors import TrainingError
 from kubetuner.training.distributed.failures import report
 from kubetuner.training.interruption import TerminatedError
@@ -44,9 +45,27 @@ def main(folder: Path) -> int:
         return 1
     elif orders == "says nothing":
         return 3
+    elif orders in ("trains", "is stopped", "takes long"):
+        train(rank, orders, out)
     elif orders == "hangs":
         time.sleep(60)
     return 0
+
+
+def train(rank: int, orders: str, out: Path) -> None:
+    """Meet the others, and wait for them; or do not come, stopped or at work."""
+    from kubetuner.training.distributed.processes import joined
+
+    settings = {"model": {"family": "sana", "path": "x"}, "model_type": "full", "datasets": [], "max_train_steps": 1}
+    with joined(TrainSection.model_validate(settings)) as processes:
+        processes.wait()
+        if orders == "is stopped":
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if orders == "takes long":
+            time.sleep(5)
+        processes.wait()
+        (out / f"done-{rank}").touch()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What a run's machinery needs: libraries, and a store that can be used."""
 
 import os
-from collections.abc import Sequence
 from importlib.util import find_spec
 
 from kubetuner.config.attention import PACKAGES, is_installed
@@ -45,13 +44,8 @@ def library_problems(train: TrainSection, text: TextRounding) -> list[Problem]:
     return problems
 
 
-def trainjob_problems(train: TrainSection, on_demand: Sequence[str]) -> list[Problem]:
-    """What is missing for training on several machines, or wrong with how the environment describes them.
-
-    Args:
-        train: Says how many machines.
-        on_demand: Entries of the data file (file and place) whose latents are made while training.
-    """
+def trainjob_problems(train: TrainSection) -> list[Problem]:
+    """What is missing for training on several machines, or wrong with how the environment describes them."""
     try:
         settings = trainjob_settings()
     except InputError as error:
@@ -59,9 +53,7 @@ def trainjob_problems(train: TrainSection, on_demand: Sequence[str]) -> list[Pro
     if settings is None:
         told = no_trainjob(train.num_machines).removeprefix("num_machines ")
         return [Problem("config.json.num_machines", told)] if train.num_machines > 1 else []
-    message = "makes latents while training, which the nodes of a TrainJob cannot do yet; let cache_vae make them."
-    problems = [Problem(where, message) for where in on_demand]
-    return problems + [Problem(TRAINJOB_VARIABLE, problem) for problem in settings.unseen()]
+    return [Problem(TRAINJOB_VARIABLE, problem) for problem in settings.unseen()]
 
 
 def store_problems() -> list[Problem]:

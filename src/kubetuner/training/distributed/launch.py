@@ -19,6 +19,7 @@ import kubetuner
 from kubetuner.config.sections.steps import TrainSection
 from kubetuner.errors import InputError
 from kubetuner.training.distributed.failures import first_error
+from kubetuner.training.distributed.pulse import WORDS_VARIABLE
 from kubetuner.training.interruption import StopRequest
 from kubetuner.training.threads import available_cpus
 
@@ -145,6 +146,7 @@ def _start(module: str, folder: Path, group: Group, place: int) -> subprocess.Po
         "MASTER_PORT": str(group.port),
         "TORCHELASTIC_USE_AGENT_STORE": str(group.machines == 1),
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        WORDS_VARIABLE: str(folder),
     }
     threads = {"OMP_NUM_THREADS": str(max(1, available_cpus() // group.here))}
     command = [sys.executable, "-m", module, str(folder)]

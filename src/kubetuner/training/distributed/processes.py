@@ -21,11 +21,13 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kubetuner.config.sections.steps import TrainSection
+from kubetuner.training.distributed.pulse import Pulse, timeout_seconds
 from kubetuner.training.distributed.sharding import shard
 
 T = TypeVar("T")
 
-# The others wait while the first process saves a checkpoint or uploads the model.
+# The others wait while the first process saves a checkpoint or uploads the model. One that does not live is noticed
+# earlier; see ``pulse``.
 PATIENCE = timedelta(hours=1.5)
 
 _HARMLESS = (
@@ -101,15 +103,20 @@ ALONE = Processes()
 
 @contextmanager
 def joined(section: TrainSection) -> Iterator[Processes]:
-    """The processes that this one was started with (``torchrun``'s environment variables), or it alone."""
+    """The processes that this one was started with (``torchrun``'s environment variables), or it alone.
+
+    Raises:
+        InputError: The environment's word on how long a process may be silent is no number.
+    """
     if not is_one_of_several():
         yield ALONE
         return
     from accelerate import PartialState
 
+    silence = timeout_seconds(os.environ)
     cuda = torch.cuda.is_available()
     state = PartialState(cpu=not cuda, backend="cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=PATIENCE)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), Pulse(state.process_index, state.num_processes, silence):
         for message in _HARMLESS:
             warnings.filterwarnings("ignore", message)
         yield of_group(section)
