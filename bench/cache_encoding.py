@@ -3,8 +3,8 @@
 Two bare loops, one thread each, throw their results away: the encoder alone on batches that are ready, and the same
 with what any way of caching must do first, which is decoding the pictures or preparing the texts. Ours does all that
 and keeps keys, checksums, shards and rows. Unit models cost next to nothing, so everything around them shows; ``mid``
-ones are still far cheaper than real ones. ``wide`` ones are as wide as the published, on crops of larger JPEG files; they
-want a machine without other users, and elsewhere ``bench.wide_encoding`` tells more.
+ones are still far cheaper than real ones. ``wide`` ones are as wide as the published, on crops of larger JPEG files:
+they want a machine without other users, and elsewhere ``bench.wide_encoding`` tells more.
 
 Run ``PYTHONPATH=src:. python -m bench.cache_encoding [--sizes unit,mid[,wide]] [--families …] [--rounds 3]``.
 """
