@@ -3,9 +3,10 @@
 Two bare loops, one thread each, throw their results away: the encoder alone on batches that are ready, and the same
 with what any way of caching must do first, which is decoding the pictures or preparing the texts. Ours does all that
 and keeps keys, checksums, shards and rows. Unit models cost next to nothing, so everything around them shows; ``mid``
-ones are still far cheaper than real ones; ``wide`` ones are as wide as the published, on crops of larger JPEG files.
+ones are still far cheaper than real ones. ``wide`` ones are as wide as the published, on crops of larger JPEG files:
+they want a machine without other users, and elsewhere ``bench.wide_encoding`` tells more.
 
-Run ``PYTHONPATH=src:. python -m bench.cache_encoding [--sizes unit,mid,wide] [--families …] [--rounds 3]``.
+Run ``PYTHONPATH=src:. python -m bench.cache_encoding [--sizes unit,mid[,wide]] [--families …] [--rounds 3]``.
 """
 
 import os
@@ -93,7 +94,7 @@ MALLOC = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "100
 def main() -> None:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", default="unit,mid,wide")
+    parser.add_argument("--sizes", default="unit,mid")
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -106,17 +107,22 @@ def main() -> None:
             rows += found
             loads.append(os.getloadavg()[1])
             print(*found, f"load {loads[-1]:.1f}", sep="\n", file=sys.stderr, flush=True)
+    report("Cache: encoding", explained(rows, arguments.rounds, loads))
+
+
+def explained(rows: list[list[str]], rounds: int, loads: list[float]) -> str:
+    """The table and what it shows, measured in so many rounds at ``loads`` of the machine."""
+    sizes = dict.fromkeys(row[0] for row in rows)
+    cut = f"Wide: whole autoencoders (PixArt Sigma's is SDXL's), {cuts()}. " if "wide" in sizes else ""
     head = ["model", "family", "what", "encoder alone", "with decoding", "our step", "of alone", "of decoding"]
     note = (
         "\n\nPictures or texts a CPU second, medians of alternating rounds. *Encoder alone*: the models' calls on "
         "ready batches, of a unit or mid autoencoder in the faster of both memory layouts. *With decoding*: the same "
         "after Pillow's decoding and resizing of the same files, or the family's cleaning and tokenizing. *Our step* "
-        f"also checks, hashes, keys, shards and writes. {'; '.join(described(size) for size in SCALES)}. Wide models "
-        f"have the published width: whole autoencoders (PixArt Sigma's is SDXL's), {cuts()}; the demo's tokenizers. "
-        f"Loading is counted nowhere. {BATCH} texts a batch. {arguments.rounds} rounds at a load of "
-        f"{min(loads):.0f} to {max(loads):.0f}."
+        f"also checks, hashes, keys, shards and writes. {'; '.join(described(size) for size in sizes)}. {cut}Loading "
+        f"is counted nowhere. {BATCH} texts a batch. {rounds} rounds at a load of {min(loads):.0f} to {max(loads):.0f}."
     )
-    report("Cache: encoding", table(head, rows) + note)
+    return table(head, rows) + note
 
 
 def described(size: str) -> str:

@@ -43,9 +43,10 @@ def main() -> None:
     note = (
         f"\n\nPeak resident MB of a fresh process, one run each; {FAMILY}, a unit model, pictures of {EDGE} px whose "
         f"names, {len(caption(0))} bytes long, are their captions. What "
-        "grows: plan and download_dataset hold the listing (the name and some 60 bytes a file; plan a size more), "
+        "grows: plan and download_dataset hold the listing (the name and some 70 bytes a file; plan a size more), "
         "download_dataset also 8 bytes a picture; the cache steps hold content keys and where rows and shards are "
-        "(70 to 80 bytes, for a moment twice that while keys are sorted); the rest is the allocator's."
+        "(about 65 bytes, for a moment 90 while keys are sorted) and the index entries of what they wrote; the rest is "
+        "the allocator's."
     )
     report("Data steps: peak memory", table(["samples", "imports", *STEPS[1:]], rows) + note)
 

@@ -165,7 +165,7 @@ def _remove_others(folders: _Folders) -> None:
     """Remove the files that an earlier run left here and that are no longer in the dataset."""
     for folder in dict.fromkeys(folders.all):
         kept = Positions(_files_in(folder, folders))
-        for path in (folder / FILES_FOLDER).rglob("*"):
+        for path in (folder / FILES_FOLDER).glob("*/*"):  # Not rglob, which remembers every path it gave.
             if path.is_file() and not kept.of(path.relative_to(folder).as_posix()):
                 path.unlink()
 
