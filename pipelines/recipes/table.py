@@ -5,7 +5,8 @@
 
 from pathlib import Path
 
-from kubetuner.config.load import load, read_json
+from kubetuner.config.json_file import read_json
+from kubetuner.config.load import load
 from kubetuner.config.models import OUTLINES
 from kubetuner.config.sections.steps import TrainSection
 from kubetuner.steps.planning.memory import GIB, smallest_card
