@@ -31,7 +31,7 @@ DEFAULT_MINUTES = 10.0
 WORDS_VARIABLE = "KUBETUNER_WORDS"
 """The folder that a launcher reads errors from; set by it."""
 _MOST_SECONDS = 10.0
-_LEFT = b"left"
+_LEFT = "left"
 
 
 def timeout_seconds(environment: Mapping[str, str]) -> float:
@@ -57,7 +57,7 @@ def timeout_seconds(environment: Mapping[str, str]) -> float:
 class _Heard:
     """What was last heard of another process, and for how many seconds nothing else has been."""
 
-    said: bytes = b""
+    said: str = ""
     silent: float = 0.0
 
 
@@ -113,14 +113,14 @@ class Pulse:
 
     def _store(self) -> "TCPStore":
         """A connection of the thread's own: the main thread's may be waiting for something."""
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=max(self._pause, 1.0)))
 
     def _listen(self, store: "TCPStore", others: Mapping[int, _Heard], passed: float) -> None:
         for rank, heard in others.items():
-            said = bytes(store.get(_key(rank))) if store.check([_key(rank)]) else b""
+            said = store.get(_key(rank)).decode() if store.check([_key(rank)]) else ""
             heard.silent = 0.0 if said != heard.said or said == _LEFT else heard.silent + passed
             heard.said = said
 
@@ -151,7 +151,7 @@ def _key(rank: int) -> str:
     return f"kubetuner/pulse/{rank}"
 
 
-def _name(rank: int, said: bytes) -> str:
+def _name(rank: int, said: str) -> str:
     """A process for a person: what it last said begins with its machine and its number there."""
-    host, _, rest = said.decode().partition(" ")
+    host, _, rest = said.partition(" ")
     return f"process {rank} (number {rest.split()[0]} on {host})" if rest else f"process {rank}"
