@@ -1,4 +1,4 @@
-"""The published checkpoints' denoisers: what their ``config.json`` says, so that sizes are known before a download.
+"""The published checkpoints' networks: what their ``config.json`` says, so that sizes are known before a download.
 
 A network is made of such a configuration on PyTorch's ``meta`` device: every shape, and no numbers.
 """
@@ -78,46 +78,88 @@ PUBLISHED: Mapping[str, Mapping[str, object]] = {
 """By hub id; values that the classes of diffusers have as defaults are left out."""
 
 
+_LEVELS, _DC_BLOCKS = 4, ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+_KL: dict[str, object] = {
+    _CLASS: "AutoencoderKL",
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * _LEVELS,
+    "up_block_types": ("UpDecoderBlock2D",) * _LEVELS,
+    "layers_per_block": 2,
+}
+_DC: dict[str, object] = {
+    _CLASS: "AutoencoderDC",
+    "encoder_block_types": _DC_BLOCKS,
+    "decoder_block_types": _DC_BLOCKS,
+    "downsample_block_type": "conv",
+    "upsample_block_type": "interpolate",
+}
+_AUTOENCODERS = {"PixArtTransformer2DModel": _KL, "UNet2DConditionModel": _KL, "SanaTransformer2DModel": _DC}
+"""Of the published checkpoints, by their denoiser's class."""
+
+
 def outline_denoiser(ref: ModelRef) -> nn.Module:
     """The denoiser of ``ref`` on the ``meta`` device, float32, in training mode.
 
     Raises:
         InputError: Its configuration is not to be had, or is of no network that diffusers has.
     """
+    file = f"{OUTLINES[ref.family].denoiser}/config.json"
+    return _outline(ref.path, _known(ref.path) or _config(ref.path, file, ref.revision)).train()
+
+
+def outline_autoencoder(ref: ModelRef) -> nn.Module:
+    """The VAE of ``ref`` on the ``meta`` device, float32, in eval mode and without gradients.
+
+    Raises:
+        InputError: As :func:`outline_denoiser`.
+    """
+    if ref.vae_path in ("", ref.path):
+        known = _known(ref.path)
+        published = _AUTOENCODERS.get(str(known[_CLASS])) if known is not None else None
+        config = published or _config(ref.path, "vae/config.json", ref.revision)
+        return _outline(ref.path, config).eval().requires_grad_(False)
+    inside = (Path(ref.vae_path) / "vae" / "config.json").is_file()
+    config = _config(ref.vae_path, "vae/config.json" if inside else "config.json", "")
+    return _outline(ref.vae_path, config).eval().requires_grad_(False)
+
+
+def _outline(path: str, config: Mapping[str, object]) -> nn.Module:
+    """The network that ``config``, which is of ``path``, is of."""
     import diffusers
 
-    config = _config(ref)
     kind: Any = getattr(diffusers, str(config.get(_CLASS)), None)
     if not isinstance(kind, type) or not issubclass(kind, diffusers.ModelMixin):
-        raise InputError(f"{ref.path}: {_CLASS} is {config.get(_CLASS)!r}; expected a network of diffusers.")
+        raise InputError(f"{path}: {_CLASS} is {config.get(_CLASS)!r}; expected a network of diffusers.")
     try:
         with torch.device("meta"):
             made: nn.Module = cast(Any, kind).from_config(dict(config))
     except (TypeError, ValueError) as error:
-        raise InputError(f"{ref.path}: its configuration makes no {config[_CLASS]}: {error}.") from error
-    return made.train()
+        raise InputError(f"{path}: its configuration makes no {config[_CLASS]}: {error}.") from error
+    return made
 
 
-def _config(ref: ModelRef) -> Mapping[str, object]:
-    file = f"{OUTLINES[ref.family].denoiser}/config.json"
-    if not Path(ref.path).is_dir():
-        known = {name.lower(): config for name, config in PUBLISHED.items()}.get(ref.path.lower())
-        if known is not None:
-            return known
+def _known(path: str) -> Mapping[str, object] | None:
+    """The denoiser's configuration of a published checkpoint, unless ``path`` is a folder."""
+    if Path(path).is_dir():
+        return None
+    return {name.lower(): config for name, config in PUBLISHED.items()}.get(path.lower())
+
+
+def _config(path: str, file: str, revision: str) -> Mapping[str, object]:
+    """What ``file`` of a folder or a hub repository says."""
     try:
-        text = _path(ref, file).read_text(encoding="utf-8")
-        config = json.loads(text)
+        config = json.loads(_path(path, file, revision).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} of {ref.path} cannot be read: {str(error).rstrip('.')}.") from error
+        raise InputError(f"{file} of {path} cannot be read: {str(error).rstrip('.')}.") from error
     if not isinstance(config, dict):
-        raise InputError(f"{file} of {ref.path} holds a {type(config).__name__}; expected an object.")
+        raise InputError(f"{file} of {path} holds a {type(config).__name__}; expected an object.")
     return config
 
 
-def _path(ref: ModelRef, file: str) -> Path:
-    """The file in the model's folder, or downloaded (a few kB)."""
-    if Path(ref.path).is_dir():
-        return Path(ref.path) / file
+def _path(path: str, file: str, revision: str) -> Path:
+    """The file in the folder, or downloaded (a few kB)."""
+    if Path(path).is_dir():
+        return Path(path) / file
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(ref.path, file, revision=ref.revision or None))
+    return Path(hf_hub_download(path, file, revision=revision or None))

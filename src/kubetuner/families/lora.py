@@ -148,7 +148,8 @@ def _adapted(denoiser: nn.Module) -> dict[str, Any]:
 def _add_start(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """What a layer's weights lack, to its output."""
     start = functional.linear(functional.linear(inputs[0].to(layer.start_A.dtype), layer.start_A), layer.start_B)
-    return (output + start * layer.scaling[ADAPTER]).to(output.dtype)
+    whole: Tensor = output + start * layer.scaling[ADAPTER]
+    return whole.to(output.dtype)
 
 
 def _targets(denoiser: nn.Module, settings: LoraSettings, default_targets: tuple[str, ...]) -> dict[str, nn.Module]:

@@ -47,6 +47,16 @@ def test_the_largest_bucket_is_predicted(plan, family: str) -> None:
     assert peak(one) > peak(plan(family, gradient_checkpointing=True))
 
 
+def test_the_autoencoder_of_latents_made_while_training_counts(plan, monkeypatch) -> None:
+    monkeypatch.setenv("KUBETUNER_STORE", "store")
+    ahead = plan()
+    for settings in ({"vae_cache_disable": True}, {"vae_cache_ondemand": True}):
+        four, one = plan(**settings), plan(**settings, vae_batch_size=1)
+        assert peak(four) > peak(one) > peak(ahead)
+        assert "the VAE's weights 0.0 GiB, the VAE's activations 0.0 GiB" in four.markdown  # The tiny one's.
+    assert "VAE" not in ahead.markdown
+
+
 def test_it_is_compared_with_the_gpu(plan, monkeypatch) -> None:
     size = peak(plan())
     monkeypatch.setenv(CARD, str(2 * size / GIB))

@@ -15,8 +15,9 @@ import torch
 from kubetuner.config.sections.steps import DatasetSampling, ModelRef, TrainSection
 from kubetuner.errors import InputError, TrainingError
 from kubetuner.training.distributed import launch as launching
-from kubetuner.training.distributed.launch import launch, wanted_processes
-from kubetuner.training.distributed.pulse import TIMEOUT_VARIABLE, timeout_seconds
+from kubetuner.training.distributed.failures import known_error
+from kubetuner.training.distributed.launch import Group, launch, run_workers, wanted_processes
+from kubetuner.training.distributed.pulse import Limits, read_limits
 from kubetuner.training.interruption import TerminatedError
 
 WORKER = "tests.unit.training.worker"
@@ -62,27 +63,54 @@ def test_the_first_error_is_the_one_that_is_told(
 
 def test_a_process_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "GRACE_SECONDS", 1.0)
-    monkeypatch.setenv("KUBETUNER_PROCESS_TIMEOUT_MINUTES", "0.05")
+    monkeypatch.setenv("KUBETUNER_PROCESS_TIMEOUT_MINUTES", "0.08")
     host = re.escape(socket.gethostname())
-    named = rf"^process 1 \(number \d+ on {host}\) of 3 has not been heard of for 0.05 minutes"
+    named = rf"^process 1 \(number \d+ on {host}\) of 2 has not been heard of for 0.08 minutes"
 
     with pytest.raises(TrainingError, match=named):
-        launch(WORKER, _argument(tmp_path, "trains", "is stopped", "takes long"), 3)
+        launch(WORKER, _argument(tmp_path, "trains", "is stopped"), 2)
 
     assert not list(tmp_path.glob("done-*"))
 
 
-def test_a_process_that_works_for_long_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KUBETUNER_PROCESS_TIMEOUT_MINUTES", "0.05")
-    launch(WORKER, _argument(tmp_path, "trains", "takes long"), 2)
-    assert len(list(tmp_path.glob("done-*"))) == 2
+def test_a_machine_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one even, whose process keeps the store: it refuses nothing, and does not answer."""
+    monkeypatch.setattr(launching, "GRACE_SECONDS", 1.0)
+    monkeypatch.setenv("KUBETUNER_PROCESS_TIMEOUT_MINUTES", "0.08")
+    (tmp_path / "argument").write_text(_argument(tmp_path, "is stopped", "trains"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    first = launching._start(WORKER, tmp_path, Group(1, "127.0.0.1", port, machines=2), 0)
+    try:
+        ended = run_workers(WORKER, tmp_path, Group(1, "127.0.0.1", port, machines=2, machine=1))
+    finally:
+        first.kill()
+        first.communicate()
+
+    assert ended.codes == {1: 1}
+    assert "process 0, which keeps the store where they meet" in str(known_error(tmp_path))
+
+
+def test_a_process_that_lives_and_does_not_come_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its own time: one that works is heard of, however long it works."""
+    monkeypatch.setattr(launching, "GRACE_SECONDS", 1.0)
+    monkeypatch.setenv("KUBETUNER_PROCESS_TIMEOUT_MINUTES", "0.08")
+    monkeypatch.setenv("KUBETUNER_PROCESS_PATIENCE_MINUTES", "0.1")
+    named = r"^process 1 \(.*\) of 2 has not come for 0.1 minutes to where others wait"
+
+    with pytest.raises(TrainingError, match=named):
+        launch(WORKER, _argument(tmp_path, "trains", "takes long"), 2)
+
+    assert not list(tmp_path.glob("done-*"))
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "soon", "inf", "nan"])
-def test_how_long_a_process_may_be_silent_is_a_number(text: str) -> None:
-    with pytest.raises(InputError, match=f"KUBETUNER_PROCESS_TIMEOUT_MINUTES is '{text}'; expected minutes above 0"):
-        timeout_seconds({TIMEOUT_VARIABLE: text})
-    assert timeout_seconds({}) == 600
+@pytest.mark.parametrize("name", ["KUBETUNER_PROCESS_TIMEOUT_MINUTES", "KUBETUNER_PROCESS_PATIENCE_MINUTES"])
+def test_how_long_a_process_is_waited_for_is_a_number(name: str, text: str) -> None:
+    with pytest.raises(InputError, match=f"{name} is '{text}'; expected minutes above 0"):
+        read_limits({name: text})
+    assert read_limits({}) == Limits(silent=600, absent=5400)
 
 
 def test_being_told_to_stop_lets_every_process_save(tmp_path: Path) -> None:

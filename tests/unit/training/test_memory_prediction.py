@@ -1,6 +1,7 @@
 """The predicted peak against what the CPU's allocator really does, for the same step with real numbers."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,10 +10,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from kubetuner.config.sections.adapter import LoraSettings
 from kubetuner.config.sections.objective import EmaSettings
-from kubetuner.config.sections.steps import DatasetSampling, TrainSection
+from kubetuner.config.sections.steps import DatasetSampling, ModelRef, TrainSection
 from kubetuner.errors import InputError
 from kubetuner.families import load_family
+from kubetuner.families.architectures import outline_autoencoder
+from kubetuner.families.encoding import load_encoder
 from kubetuner.training.denoiser import prepare_denoiser
+from kubetuner.training.memory.encoding import Encoding, predict_encoding
 from kubetuner.training.memory.gpu_rules import GpuRules
 from kubetuner.training.memory.prediction import Memory, Predictor, Shapes
 from tests.unit.rounding import PRECISIONS, quantised, quiet
@@ -64,11 +68,15 @@ def real_peak(one: TrainSection, *, as_on_gpu: bool) -> int:
     weights = sum(tensor.nbytes for tensor in [*denoiser.parameters(), *denoiser.buffers()])
     run_backwards(denoiser, one, as_on_gpu=as_on_gpu)  # The first time makes tables that stay.
     denoiser.zero_grad()
+    return weights + peak_of(lambda: run_backwards(denoiser, one, as_on_gpu=as_on_gpu))
+
+
+def peak_of(work: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run_backwards(denoiser, one, as_on_gpu=as_on_gpu)
+        work()
     events = profiled.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    return weights + max(itertools.accumulate(size for _, size in changes))
+    return max(itertools.accumulate(size for _, size in changes))
 
 
 @pytest.mark.parametrize("kind", [FULL, LORA, BIASES], ids=["full", "lora", "bitfit"])
@@ -91,6 +99,37 @@ def test_so_it_is_with_the_kernels_of_a_cpu(
     settings = {"mixed_precision": "no", "gradient_checkpointing": checkpointing, **kind}
     found = without_optimizer(predict(setup, family, **settings))
     assert found == pytest.approx(real_peak(section(setup, family, **settings), as_on_gpu=False), rel=0.15)
+
+
+@pytest.mark.parametrize("moments", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_encoding_is_what_the_allocator_sees(setup: Setup, family: str, moments: bool) -> None:
+    model = ModelRef.model_validate({"family": family, "path": str(setup.bases / family)})
+    encoder = load_encoder(model, "fp32", 3)
+    pixels = [torch.zeros(3, 256, 320, dtype=torch.uint8)] * 3
+    encoder.encode("abc", pixels, moments=moments)
+    peak = peak_of(lambda: encoder.encode("abc", pixels, moments=moments))
+
+    found = predict_encoding(model, 3, (320, 256), moments=moments)
+
+    assert found.activations == pytest.approx(peak, rel=0.1)
+    tensors = [*encoder.vae.parameters(), *encoder.vae.buffers()]
+    assert found.weights == sum(-(-tensor.nbytes // 512) * 512 for tensor in tensors)
+    alone, both = (Predictor(SHAPES, encoding).predict(section(setup, family)) for encoding in (Encoding(), found))
+    assert both.peak - alone.peak == found.weights + found.activations
+
+
+@pytest.mark.parametrize("path", ["stabilityai/stable-diffusion-xl-base-1.0", "terminusresearch/sana-1.6b-1024px"])
+def test_autoencoders_of_published_checkpoints_need_no_download(path: str) -> None:
+    family, million = ("sana", 312) if "sana" in path else ("sdxl", 84)
+    vae = outline_autoencoder(ModelRef.model_validate({"family": family, "path": path}))
+    assert sum(parameter.numel() for parameter in vae.parameters()) == pytest.approx(million * 1e6, rel=0.01)
+    small, large = (
+        predict_encoding(ModelRef.model_validate({"family": family, "path": path}), count, (1024, 1024), moments=True)
+        for count in (1, 4)
+    )
+    assert small.weights == large.weights
+    assert small.activations < large.activations
 
 
 @pytest.mark.parametrize("kind", [FULL, LORA, BIASES], ids=["full", "lora", "bitfit"])

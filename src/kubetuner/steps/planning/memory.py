@@ -19,6 +19,7 @@ from kubetuner.steps.planning.costs import vae_shape
 from kubetuner.steps.planning.datasets import Measured, kept_buckets
 
 if TYPE_CHECKING:
+    from kubetuner.training.memory.encoding import Encoding
     from kubetuner.training.memory.prediction import Memory
 
 logger = logging.getLogger(__name__)
@@ -87,13 +88,14 @@ def forecast(sections: Sections, measured: Sequence[Measured]) -> Forecast:
     from kubetuner.training.memory.prediction import Predictor, Shapes
 
     factor, channels = vae_shape(train.model)
-    width, height = _largest(measured, train)
+    width, height = _largest([one for one in measured if one.trained_on], train)
     outline = OUTLINES[train.model.family]
     tokens = sections.cache_text_embeds.max_length or outline.text_floats // outline.text_width
-    predictor = Predictor(Shapes((channels, height // factor, width // factor), tokens))
+    shapes = Shapes((channels, height // factor, width // factor), tokens)
     batch = f"{train.train_batch_size} of {width}x{height}, captions of {tokens} tokens"
     logger.info("Predicting GPU memory; this takes seconds")
     try:
+        predictor = Predictor(shapes, _encoding(sections, measured))
         memory = predictor.predict(train)
         card = card or _local_card()
         found = Forecast(batch, memory, card=card)
@@ -102,6 +104,24 @@ def forecast(sections: Sections, measured: Sequence[Measured]) -> Forecast:
         return Forecast(batch, memory, card=card, options=tuple(_options(train, predictor.predict, found.fits)))
     except InputError as error:
         return Forecast(reason=f"{error}", card=card)
+
+
+def _encoding(sections: Sections, measured: Sequence[Measured]) -> "Encoding":
+    """What the datasets take whose latents are made while training."""
+    from kubetuner.training.memory.encoding import Encoding, predict_encoding
+
+    online = [
+        one
+        for one in measured
+        if one.trained_on and one.entry.geometry.vae_cache != "ahead" and kept_buckets(one, sections.train)
+    ]
+    if not online:
+        return Encoding()
+    settings = sections.cache_vae
+    moments = settings.vae_cache_moments or any(one.entry.geometry.vae_cache == "disabled" for one in online)
+    return predict_encoding(
+        sections.train.model, settings.vae_batch_size, _largest(online, sections.train), moments=moments
+    )
 
 
 def smallest_card(peak: int) -> int:
@@ -130,10 +150,8 @@ def _local_card() -> int:
 
 
 def _largest(measured: Sequence[Measured], train: TrainSection) -> tuple[int, int]:
-    """Width and height of the pictures of the largest bucket that is trained on."""
-    sizes = {
-        size for one in measured if one.trained_on for name in kept_buckets(one, train) for size in one.buckets[name]
-    }
+    """Width and height of the pictures of the largest bucket that is drawn from."""
+    sizes = {size for one in measured for name in kept_buckets(one, train) for size in one.buckets[name]}
     return max(sizes, key=lambda size: (size[0] * size[1], size))
 
 

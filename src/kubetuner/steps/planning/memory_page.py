@@ -25,6 +25,8 @@ def _prediction(found: Forecast) -> str:
         "optimizer": memory.optimizer,
         "averages": memory.averages,
         "activations and casts": memory.activations,
+        "the VAE's weights": memory.encoding.weights,
+        "the VAE's activations": memory.encoding.activations,
     }
     named = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size > 0)
     peak = f"Predicted peak: **{_gib(memory.peak)}** for a batch of {found.batch} ({named})."

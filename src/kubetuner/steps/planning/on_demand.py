@@ -25,7 +25,7 @@ def on_demand_remarks(sections: Sections, measured: Sequence[Measured]) -> list[
         return []
     size = sections.cache_vae.vae_batch_size
     cost = (
-        f"`train` then holds the VAE on its GPU too and encodes {size} pictures at once (`vae_batch_size`), which the "
-        "predicted peak of memory does not count, and reads the pictures."
+        f"`train` then holds the VAE on its GPU too and encodes {size} pictures at once (`vae_batch_size`; fewer take "
+        "less memory), and reads the pictures."
     )
     return [*remarks, cost]

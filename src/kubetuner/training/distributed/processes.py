@@ -21,14 +21,13 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kubetuner.config.sections.steps import TrainSection
-from kubetuner.training.distributed.pulse import Pulse, timeout_seconds
+from kubetuner.training.distributed.pulse import Pulse, read_limits
 from kubetuner.training.distributed.sharding import shard
 
 T = TypeVar("T")
 
-# The others wait while the first process saves a checkpoint or uploads the model. One that does not live is noticed
-# earlier; see ``pulse``.
-PATIENCE = timedelta(hours=1.5)
+# Who does not come is found and named by ``pulse``; NCCL and gloo give up a little later, and name nobody.
+_LATER = timedelta(minutes=5)
 
 _HARMLESS = (
     "Grad strides do not match bucket view strides",  # Of depthwise convolutions; they are copied.
@@ -106,20 +105,22 @@ def joined(section: TrainSection) -> Iterator[Processes]:
     """The processes that this one was started with (``torchrun``'s environment variables), or it alone.
 
     Raises:
-        InputError: The environment's word on how long a process may be silent is no number.
+        InputError: The environment's word on how long to wait for a process is no number.
     """
     if not is_one_of_several():
         yield ALONE
         return
     from accelerate import PartialState
 
-    silence = timeout_seconds(os.environ)
+    limits = read_limits(os.environ)
+    patience = timedelta(seconds=limits.absent) + _LATER
     cuda = torch.cuda.is_available()
-    state = PartialState(cpu=not cuda, backend="cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=PATIENCE)
-    with warnings.catch_warnings(), Pulse(state.process_index, state.num_processes, silence):
+    state = PartialState(cpu=not cuda, backend="cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=patience)
+    processes = _Together(section)
+    with warnings.catch_warnings(), Pulse(processes.rank, processes.count, limits, lambda: processes.turns):
         for message in _HARMLESS:
             warnings.filterwarnings("ignore", message)
-        yield of_group(section)
+        yield processes
     state.destroy_process_group()
 
 
@@ -134,10 +135,15 @@ def is_one_of_several() -> bool:
 
 
 class _Together(Processes):
-    """Several processes: each with all weights (DDP), or each with a part of them (FSDP2)."""
+    """Several processes: each with all weights (DDP), or each with a part of them (FSDP2).
+
+    Attributes:
+        turns: How often this process has come to where all must come.
+    """
 
     def __init__(self, section: TrainSection) -> None:
         self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
+        self.turns = 0
         self._fsdp = section.fsdp
         self.sharded = section.fsdp is not None
         self._accumulation = section.gradient_accumulation_steps
@@ -162,6 +168,7 @@ class _Together(Processes):
     @contextmanager
     def accumulating(self, network: nn.Module, last: bool) -> Iterator[None]:
         replica: Any = network
+        self.turns += 1
         if self._fsdp is not None:
             replica.set_requires_gradient_sync(last)
             yield
@@ -170,11 +177,13 @@ class _Together(Processes):
                 yield
 
     def gathered(self, values: Tensor) -> Tensor:
+        self.turns += 1
         found = values.new_empty(self.count * len(values))
         distributed.all_gather_single(found, values)
         return found.reshape(self.count, self._accumulation, -1).transpose(0, 1).flatten()
 
     def all_of(self, items: Sequence[T]) -> tuple[T, ...]:
+        self.turns += 1
         found: list[list[T]] = [[]] * self.count
         distributed.all_gather_object(found, list(items))
         size = len(items) // self._accumulation
@@ -182,6 +191,7 @@ class _Together(Processes):
         return tuple(item for start in starts for held in found for item in held[start : start + size])
 
     def any(self, flag: bool) -> bool:
+        self.turns += 1
         told = torch.tensor(int(flag))
         distributed.all_reduce(told, distributed.ReduceOp.MAX)
         return bool(told)
@@ -193,6 +203,7 @@ class _Together(Processes):
         self.any(False)
 
     def from_first(self, value: T) -> T:
+        self.turns += 1
         told = [value]
         distributed.broadcast_object_list(told, 0)
         return told[0]

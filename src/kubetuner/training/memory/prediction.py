@@ -20,10 +20,12 @@ from kubetuner.families.architectures import outline_denoiser
 from kubetuner.families.base import Family
 from kubetuner.families.quantised_outlines import outline_quantised
 from kubetuner.training.denoiser import choose_trained
+from kubetuner.training.memory.encoding import Encoding
 from kubetuner.training.memory.gpu_rules import GpuRules
 from kubetuner.training.memory.ledger import Ledger
 from kubetuner.training.recompute import recompute_activations
 
+_NO_ENCODING = Encoding()
 _WORKSPACE = 32 * 2**20
 """cuBLAS keeps so much for its matrix products."""
 
@@ -53,6 +55,7 @@ class Memory:
         activations: What the fullest moment of a step holds besides: activations, casts of weights, gradients passed
             on; less than 0 where that moment comes before all gradients are there.
         loading: The base before its weights are rounded (``base_model_precision``).
+        encoding: Of the autoencoder that makes latents meanwhile, if one does.
     """
 
     weights: int
@@ -61,12 +64,13 @@ class Memory:
     averages: int
     activations: int
     loading: int
+    encoding: Encoding = _NO_ENCODING
 
     @property
     def peak(self) -> int:
-        """Most bytes allocated at any moment."""
+        """Most bytes allocated at any moment; pictures are encoded beside a step, and never while the base loads."""
         step = self.weights + self.gradients + self.optimizer + self.averages + self.activations
-        return max(step, self.loading) + _WORKSPACE
+        return max(step + self.encoding.activations, self.loading) + self.encoding.weights + _WORKSPACE
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,15 @@ class _Trace:
 
 
 class Predictor:
-    """Predicts for sections that differ in some settings; what one of them took to find is kept for the others."""
+    """Predicts for sections that differ in some settings; what one of them took to find is kept for the others.
 
-    def __init__(self, shapes: Shapes) -> None:
-        self._shapes = shapes
+    Args:
+        shapes: Of the largest batch.
+        encoding: What makes latents meanwhile takes.
+    """
+
+    def __init__(self, shapes: Shapes, encoding: Encoding = _NO_ENCODING) -> None:
+        self._shapes, self._encoding = shapes, encoding
         self._traces: dict[str, _Trace] = {}
 
     def predict(self, section: TrainSection) -> Memory:
@@ -105,6 +114,7 @@ class Predictor:
             averages=4 * found.trained if on_gpu else 0,
             activations=found.peak - found.weights - gradients,
             loading=found.loading,
+            encoding=self._encoding,
         )
 
 
