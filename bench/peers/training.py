@@ -56,7 +56,7 @@ def compare(size: Size, works: Sequence[Work], peers: Sequence[str], rounds: int
     beside = (
         f"{rounds} rounds in which the sides take turns; the machine's load was {min(loads):.0f} to {max(loads):.0f}."
     )
-    faster = [f"times {peer}'s speed" for peer in PEERS]
+    faster = [f"faster than {peer} by" for peer in PEERS]
     head = ["family", "type", "floor", *PEERS, OURS, *faster, "above the floor"]
     note = (
         f"\n\nCPU milliseconds a step, one thread, medians of {STEPS[size]} steps without the first third; {beside} "
