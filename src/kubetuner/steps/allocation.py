@@ -1,4 +1,4 @@
-"""How the C library keeps the memory that encoders, and denoisers in training, free."""
+"""How the C library keeps the memory that encoders free."""
 
 import ctypes
 

@@ -30,7 +30,6 @@ from kubetuner.config.trainjob import TrainJobSettings, no_trainjob, trainjob_se
 from kubetuner.digests import fingerprint
 from kubetuner.errors import InputError, TrainingError
 from kubetuner.imports import importing
-from kubetuner.steps.allocation import keep_freed_memory
 
 if TYPE_CHECKING:
     from kubetuner.data.latents import Maker
@@ -239,8 +238,6 @@ def _job(section: TrainSection, inputs: Inputs, processes: "Processes", maker: "
     require_compiler(section.compilation, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    else:
-        keep_freed_memory()
     family = load_family(section.model.family)
     tensors = family.facts.text_tensors
     batches = Batches(section, inputs.latents, inputs.text_embeds, tensors, processes.count, maker)

