@@ -12,5 +12,5 @@ quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::Future
 
 def hide_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where kubetuner was installed without ``quantised``."""
-    for module in ("torchao", "optimum", "bitsandbytes"):
+    for module in ("torchao", "optimum.quanto", "bitsandbytes"):
         monkeypatch.setitem(sys.modules, module, None)

@@ -17,7 +17,7 @@ BYTES = {"int8-torchao": 1.0, "int8-quanto": 1.0, "nf4-bnb": 0.5}
 """Per weight; scales come on top."""
 _LIBRARIES = {
     "int8-torchao": ("torchao", "torchao"),
-    "int8-quanto": ("optimum", "optimum-quanto"),
+    "int8-quanto": ("optimum.quanto", "optimum-quanto"),
     "nf4-bnb": ("bitsandbytes", "bitsandbytes"),
 }
 
@@ -25,7 +25,14 @@ _LIBRARIES = {
 def missing_library(precision: str) -> str:
     """The distribution to install for ``precision``, or an empty text when nothing is missing."""
     module, distribution = _LIBRARIES.get(precision, ("", ""))
-    return distribution if module and find_spec(module) is None else ""
+    return distribution if module and not _is_there(module) else ""
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # The package around it: other libraries install an ``optimum`` without quanto.
+        return False
 
 
 def unroundable(train: TrainSection, precision: str) -> str:
