@@ -116,9 +116,13 @@ class _Texts:
         return self._rows[self._row[place]].texts[self._turn[place]] if place else ""
 
     def missing(self) -> NDArray[np.uint32]:
-        """The place of each text that is in no shard, similar lengths together, whatever the order of the captions."""
+        """The place of each text that is in no shard, similar lengths together, whatever the order of the captions.
+
+        The longest come first: what takes the most memory, or more than there is, does so at once, and what is freed
+        has room for all others.
+        """
         first = self.keys.missing()
-        return first[np.argsort(np.frombuffer(self._length, dtype=np.uint32)[first], kind="stable")]
+        return first[np.argsort(np.frombuffer(self._length, dtype=np.uint32)[first], kind="stable")[::-1]]
 
 
 def _captions(section: CacheTextSection, dataset: Path, part: tuple[int, int]) -> Iterator[CaptionRow]:
