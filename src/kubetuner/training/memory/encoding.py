@@ -46,7 +46,9 @@ def predict_encoding(model: ModelRef, pictures: int, size: tuple[int, int], *, m
             ledger.note(tensor)
         weights = ledger.live
         with torch.no_grad(), GpuRules(bf16=False):
-            pixels = to_floats(torch.empty(pictures, 3, height, width, dtype=torch.uint8, device="meta"))
+            # Colours last, as they come from the picture: sorted otherwise, they would be sorted back in another copy.
+            colours = torch.empty(pictures, height, width, 3, dtype=torch.uint8, device="meta")
+            pixels = to_floats(colours.permute(0, 3, 1, 2))
             if moments:
                 family.encode_moments(vae, pixels)
             else:
