@@ -69,7 +69,7 @@ def namespaces(store: Store, now: float) -> list[Namespace]:
         spaces[entry.namespace].append(entry)
     found = []
     for name, entries in sorted(spaces.items()):
-        shards = [index.shard for index in store.read_entries(entries) if index is not None]
+        shards = store.shards_of(entries)
         if not shards:
             continue
         samples, size = sum(shard.samples for shard in shards), sum(shard.bytes for shard in shards)

@@ -140,10 +140,9 @@ class Store:
         An axis whose size is not the same in all samples is ``None``.
         """
         seen: dict[str, set[tuple[int, ...]]] = defaultdict(set)
-        for header in self._each(self._header, list(shards)):
-            for tensor, about in header.items():
-                if tensor != "__metadata__":
-                    seen[tensor.partition(".")[2]].add(tuple(about["shape"]))
+        for found in self._each(self._shapes, list(shards)):
+            for name, shapes in found.items():
+                seen[name] |= shapes
         return {
             name: tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*seen[name], strict=True))
             for name in sorted(seen)
@@ -165,9 +164,14 @@ class Store:
             )
             return None
 
-    def read_entries(self, entries: Sequence[Stored]) -> list[IndexEntry | None]:
-        """Many at once; see :meth:`read_entry`."""
-        return self._each(self.read_entry, entries)
+    def shards_of(self, entries: Sequence[Stored]) -> list[ShardEntry]:
+        """The shards that ``entries`` tell of; an entry that cannot be read is left out."""
+
+        def shard(entry: Stored) -> ShardEntry | None:
+            index = self.read_entry(entry)
+            return None if index is None else index.shard
+
+        return [found for found in self._each(shard, entries) if found is not None]
 
     def claim(self, shards: Iterable[ShardEntry]) -> None:
         """Say that a step needs ``shards`` from now on; no effect where the store is for reading only."""
@@ -233,13 +237,18 @@ class Store:
                 logger.warning("shard %s %s; its %d samples are encoded again", self.where(file), damage, samples)
                 self.files.remove(entry)
 
-    def _header(self, shard: ShardEntry) -> dict[str, dict[str, list[int]]]:
+    def _shapes(self, shard: ShardEntry) -> dict[str, set[tuple[int, ...]]]:
+        """Name → shapes of one shard's tensors."""
         start = self.files.read_start(shard.file, HEADER_BYTES)
         length = 8 + int.from_bytes(start[:8], "little")
         if length > len(start):
             start = self.files.read_start(shard.file, length)
         header: dict[str, dict[str, list[int]]] = json.loads(start[8:length])
-        return header
+        found: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+        for tensor, about in header.items():
+            if tensor != "__metadata__":
+                found[tensor.partition(".")[2]].add(tuple(about["shape"]))
+        return found
 
     def _each(self, call: Callable[[Argument], Result], items: Sequence[Argument]) -> list[Result]:
         if self.files.readers == 1:

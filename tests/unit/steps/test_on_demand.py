@@ -263,7 +263,7 @@ def test_a_dataset_beside_a_cached_one(place: Place, monkeypatch: pytest.MonkeyP
     assert any(batch.masks is not None for batch in expected)
     assert place.train(left, "second") == losses
     assert artifact.on_demand is not None
-    entries = store.read_entries(store.entries(artifact.on_demand.namespace))
+    entries = map(store.read_entry, store.entries(artifact.on_demand.namespace))
     kept = {key for entry in entries if entry is not None for key in entry.keys}
     rows = {row.sample: row for row in read_rows(left.latents, "latents.jsonl", LatentRow)}
     assert {batch_row.key for batch in expected for batch_row in batch.rows} <= kept
