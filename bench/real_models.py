@@ -17,30 +17,16 @@ from kubetuner.artifacts import LatentRow
 from kubetuner.config.sections.adapter import LoraSettings
 from kubetuner.config.sections.steps import DatasetSampling, FamilyName, ModelRef, TrainSection
 from kubetuner.families import load_family
+from kubetuner.families.architectures import PUBLISHED
 from kubetuner.training.denoiser import make_trainable
 from kubetuner.training.objective import Objective
 from pipelines.recipes.demo.models import build_pipeline, write_pipeline
 
-CONFIGS: dict[FamilyName, dict[str, Any]] = {
-    "sdxl": {
-        "sample_size": 128, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280),
-        "layers_per_block": 2, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
-        "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-    "pixart_sigma": {
-        "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "num_layers": 28,
-        "cross_attention_dim": 1152, "caption_channels": 4096, "sample_size": 128, "patch_size": 2,
-        "interpolation_scale": 2, "use_additional_conditions": False, "norm_elementwise_affine": False,
-    },
-    "sana": {
-        "in_channels": 32, "out_channels": 32, "num_attention_heads": 70, "attention_head_dim": 32, "num_layers": 20,
-        "num_cross_attention_heads": 20, "cross_attention_head_dim": 112, "cross_attention_dim": 2240,
-        "caption_channels": 2304, "mlp_ratio": 2.5, "sample_size": 32, "patch_size": 1,
-    },
-}  # fmt: skip
+CHECKPOINTS: dict[FamilyName, str] = {
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "pixart_sigma": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+    "sana": "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
+}
 _PIXELS_PER_LATENT: dict[FamilyName, int] = {"sdxl": 8, "pixart_sigma": 8, "sana": 32}
 _TOKENS: dict[FamilyName, int] = {"sdxl": 77, "pixart_sigma": 300, "sana": 300}
 
@@ -79,7 +65,7 @@ class Case:
             model = getattr(build_pipeline(self.family, "unit"), family.facts.denoiser).to(device)
         else:
             with torch.device(device):
-                model = _denoiser_class(self.family)(**CONFIGS[self.family])
+                model = _published(self.family)
         if section.frozen_in_bf16:
             model = model.to(torch.bfloat16)
         with torch.device(device):
@@ -109,7 +95,7 @@ class Case:
 
 def write_schedulers(folder: Path) -> None:
     """A small pipeline of each family in ``folder``: what an objective reads of its base is the scheduler alone."""
-    for family in CONFIGS:
+    for family in CHECKPOINTS:
         write_pipeline(build_pipeline(family, "unit"), folder / family)
 
 
@@ -152,8 +138,10 @@ def _conv_backward(
     return once * (int(wanted[0]) + int(wanted[1]))
 
 
-def _denoiser_class(family: FamilyName) -> Any:
+def _published(family: FamilyName) -> nn.Module:
     import diffusers
 
-    names = {"sdxl": "UNet2DConditionModel", "pixart_sigma": "PixArtTransformer2DModel"}
-    return getattr(diffusers, names.get(family, "SanaTransformer2DModel"))
+    config = PUBLISHED[CHECKPOINTS[family]]
+    kind: Any = getattr(diffusers, str(config["_class_name"]))
+    made: nn.Module = kind.from_config(dict(config))
+    return made

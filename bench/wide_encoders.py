@@ -9,6 +9,8 @@ from typing import Any
 
 from diffusers import AutoencoderDC, AutoencoderKL
 
+from kubetuner.families.architectures import PUBLISHED_DC, PUBLISHED_KL
+
 TEXT_LAYERS = {"T5-XXL": (2, 24), "CLIP-L": (12, 12), "OpenCLIP-bigG": (8, 32), "Gemma-2-2b": (2, 26)}
 """Layers here, and as published."""
 _CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768}
@@ -24,35 +26,16 @@ def autoencoder(family: str) -> AutoencoderDC | AutoencoderKL:
     """The DC-AE f32c32 of Sana, or the KL autoencoder of SDXL, which is PixArt Sigma's too."""
     if family == "sana":
         return _dc()
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=1024,
-        scaling_factor=0.13025,
-    )
+    made: AutoencoderKL = AutoencoderKL.from_config(PUBLISHED_KL | {"sample_size": 1024, "scaling_factor": 0.13025})
+    return made
 
 
 def _dc() -> AutoencoderDC:
     """Its decoder, which is not asked here, has a third of its layers."""
-    channels = (128, 256, 512, 512, 1024, 1024)
-    return AutoencoderDC(
-        latent_channels=32,
-        attention_head_dim=32,
-        encoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-        decoder_block_types=("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
-        encoder_block_out_channels=channels,
-        decoder_block_out_channels=channels,
-        encoder_layers_per_block=(2, 2, 2, 3, 3, 3),
-        decoder_layers_per_block=(1,) * 6,
-        encoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)),
-        decoder_qkv_multiscales=((), (), (), (5,), (5,), (5,)),
-        downsample_block_type="conv",
-        upsample_block_type="interpolate",
-        scaling_factor=0.41407,
+    made: AutoencoderDC = AutoencoderDC.from_config(
+        PUBLISHED_DC | {"decoder_layers_per_block": (1,) * 6, "scaling_factor": 0.41407}
     )
+    return made
 
 
 def text_sizes(encoder: Any) -> dict[str, int]:

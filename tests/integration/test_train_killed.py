@@ -14,12 +14,9 @@ from PIL import Image
 
 from kubetuner.artifacts import ModelArtifact, read_artifact, read_rows, verify_files
 from kubetuner.cli.main import cli
-from kubetuner.steps.cache_text_embeds import cache_text_embeds
-from kubetuner.steps.cache_vae import cache_vae
-from kubetuner.steps.download_dataset import download_dataset
-from kubetuner.steps.plan import make_plan
 from kubetuner.training.checkpoints import LossPoint
 from pipelines.recipes.demo.models import build_pipeline, write_pipeline
+from tests.prepared import train_arguments
 from tests.unit.conftest import fork, wait
 
 KILLS, STEPS, INTERVAL = 10, 40, 2
@@ -42,16 +39,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for index in range(7):
         size = (64, 64) if index < 4 else (128, 64)
         Image.effect_noise(size, 80).convert("RGB").save(tmp_path / "pictures" / f"picture_{index}.png")
-    data = [{"id": "a", "instance_data_dir": "pictures", "resolution": 64, "resolution_type": "pixel"}]
-    sections = make_plan(CONFIG, data, cwd=tmp_path).sections
-    (tmp_path / "sections.json").write_text(sections.to_json())
-    download_dataset(sections.download, tmp_path / "dataset")
-    cache_vae(sections.cache_vae, tmp_path / "dataset", tmp_path / "latents")
-    cache_text_embeds(sections.cache_text_embeds, tmp_path / "dataset", tmp_path / "texts")
-    return [
-        "step", "train", "--section", f"{tmp_path}/sections.json", "--in", f"latents={tmp_path}/latents",
-        "--in", f"text_embeds={tmp_path}/texts",
-    ]  # fmt: skip
+    return train_arguments(tmp_path, CONFIG, "pictures")
 
 
 def test_ten_kills_change_nothing(arguments: list[str], tmp_path: Path) -> None:

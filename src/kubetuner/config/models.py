@@ -1,8 +1,9 @@
 """``model_flavour``: the hub ids of each family's published checkpoints, and facts that need no model to be loaded."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from kubetuner.config.sections.steps import FamilyName
+from kubetuner.config.sections.steps import FamilyName, ModelRef
 
 
 @dataclass(frozen=True)
@@ -88,3 +89,15 @@ OUTLINES: dict[FamilyName, FamilyOutline] = {
         flow=True,
     ),
 }
+
+
+def vae_place(ref: ModelRef) -> tuple[ModelRef, str]:
+    """Where the VAE of ``ref`` is: the repository or folder, and the subfolder of it, empty for none."""
+    if ref.vae_path in ("", ref.path):
+        return ref, "vae"
+    return ModelRef(family=ref.family, path=ref.vae_path), vae_subfolder(ref.vae_path)
+
+
+def vae_subfolder(vae_path: str) -> str:
+    """``vae`` where the folder ``vae_path`` is a pipeline's, and an empty text where it is a VAE's, or on the hub."""
+    return "vae" if (Path(vae_path) / "vae" / "config.json").is_file() else ""

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from kubetuner.config.models import OUTLINES
+from kubetuner.config.models import OUTLINES, vae_place
 from kubetuner.config.sections.steps import ModelRef
 from kubetuner.errors import InputError
 
@@ -79,21 +79,25 @@ PUBLISHED: Mapping[str, Mapping[str, object]] = {
 
 
 _LEVELS, _DC_BLOCKS = 4, ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
-_KL: dict[str, object] = {
+PUBLISHED_KL: dict[str, object] = {
     _CLASS: "AutoencoderKL",
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * _LEVELS,
     "up_block_types": ("UpDecoderBlock2D",) * _LEVELS,
     "layers_per_block": 2,
 }
-_DC: dict[str, object] = {
+PUBLISHED_DC: dict[str, object] = {
     _CLASS: "AutoencoderDC",
     "encoder_block_types": _DC_BLOCKS,
     "decoder_block_types": _DC_BLOCKS,
     "downsample_block_type": "conv",
     "upsample_block_type": "interpolate",
 }
-_AUTOENCODERS = {"PixArtTransformer2DModel": _KL, "UNet2DConditionModel": _KL, "SanaTransformer2DModel": _DC}
+_AUTOENCODERS = {
+    "PixArtTransformer2DModel": PUBLISHED_KL,
+    "UNet2DConditionModel": PUBLISHED_KL,
+    "SanaTransformer2DModel": PUBLISHED_DC,
+}
 """Of the published checkpoints, by their denoiser's class."""
 
 
@@ -113,14 +117,11 @@ def outline_autoencoder(ref: ModelRef) -> nn.Module:
     Raises:
         InputError: As :func:`outline_denoiser`.
     """
-    if ref.vae_path in ("", ref.path):
-        known = _known(ref.path)
-        published = _AUTOENCODERS.get(str(known[_CLASS])) if known is not None else None
-        config = published or _config(ref.path, "vae/config.json", ref.revision)
-        return _outline(ref.path, config).eval().requires_grad_(False)
-    inside = (Path(ref.vae_path) / "vae" / "config.json").is_file()
-    config = _config(ref.vae_path, "vae/config.json" if inside else "config.json", "")
-    return _outline(ref.vae_path, config).eval().requires_grad_(False)
+    place, subfolder = vae_place(ref)
+    known = _known(place.path) if subfolder else None
+    published = _AUTOENCODERS.get(str(known[_CLASS])) if known is not None else None
+    config = published or _config(place.path, f"{subfolder}/config.json".lstrip("/"), place.revision)
+    return _outline(place.path, config).eval().requires_grad_(False)
 
 
 def _outline(path: str, config: Mapping[str, object]) -> nn.Module:

@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from kubetuner.config.models import vae_place
 from kubetuner.config.sections.steps import ModelRef
 from kubetuner.errors import InputError
 
@@ -57,12 +58,8 @@ def load_autoencoder(part: Any, ref: ModelRef, device: torch.device) -> nn.Modul
 
     Its weights are channels last, which every family's autoencoder gains from; see docs/performance.md.
     """
-    if ref.vae_path in ("", ref.path):
-        vae = load_frozen(part, ref, "vae", device)
-    else:
-        other = ModelRef(family=ref.family, path=ref.vae_path)
-        subfolder = "vae" if (Path(ref.vae_path) / "vae" / "config.json").is_file() else ""
-        vae = load_frozen(part, other, subfolder, device)
+    place, subfolder = vae_place(ref)
+    vae = load_frozen(part, place, subfolder, device)
     return vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 

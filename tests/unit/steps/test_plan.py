@@ -1,11 +1,14 @@
+import json
 import os
 
 import pytest
 from PIL import Image
 
 from kubetuner.config.compilation import CompileSettings
+from kubetuner.config.sections.steps import ModelRef
 from kubetuner.errors import ConfigError
 from kubetuner.steps.plan import make_plan
+from kubetuner.steps.planning.costs import vae_shape
 from tests.unit.rounding import PRECISIONS, hide_libraries, quantised
 
 CONFIG = {"model_type": "full", "model_family": "pixart_sigma", "train_batch_size": 2, "max_train_steps": 10}
@@ -249,3 +252,11 @@ def test_a_step_of_all_processes_that_has_too_few_pictures_is_refused(tmp_path) 
     assert "train_batch_size 2 x gradient_accumulation_steps 3 x num_train_processes 4 = 24 pictures" in message
     assert "set repeats to 2" in message
     assert "train_batch_size to 1 and gradient_accumulation_steps to 2" in message
+
+
+@pytest.mark.parametrize("inside", ["", "vae"])
+def test_the_shape_of_latents_is_that_of_another_vae_or_of_another_pipelines(tmp_path, inside) -> None:
+    folder = tmp_path / "other" / inside
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"block_out_channels": [8, 8], "latent_channels": 16}))
+    assert vae_shape(ModelRef(family="sdxl", path="org/base", vae_path=str(tmp_path / "other"))) == (2, 16)

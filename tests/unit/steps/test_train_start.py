@@ -9,10 +9,7 @@ from pathlib import Path
 import pytest
 
 from kubetuner.config.sections.steps import ModelRef
-from kubetuner.steps.cache_text_embeds import cache_text_embeds
-from kubetuner.steps.cache_vae import cache_vae
-from kubetuner.steps.download_dataset import download_dataset
-from kubetuner.steps.plan import make_plan
+from tests.prepared import train_arguments
 from tests.unit.steps.conftest import pictures
 
 PROBE = """
@@ -66,7 +63,7 @@ def test_the_first_step_waits_for_nothing_that_it_does_not_need(
 
 
 def _prepared(folder: Path, base: str) -> list[str]:
-    """The command without ``--out``, over caches of four pictures."""
+    """The command, over caches of four pictures."""
     for name, content in pictures("a", 4).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
@@ -74,16 +71,7 @@ def _prepared(folder: Path, base: str) -> list[str]:
         "model_type": "full", "model_family": "sana", "pretrained_model_name_or_path": base, "max_train_steps": 1,
         "train_batch_size": 2, "mixed_precision": "no", "lr_warmup_steps": 0, "validation_resolution": 64,
     }  # fmt: skip
-    data = [{"id": "a", "instance_data_dir": "a", "resolution": 64, "resolution_type": "pixel"}]
-    sections = make_plan(config, data, cwd=folder).sections
-    (folder / "sections.json").write_text(sections.to_json())
-    download_dataset(sections.download, folder / "dataset")
-    cache_vae(sections.cache_vae, folder / "dataset", folder / "latents")
-    cache_text_embeds(sections.cache_text_embeds, folder / "dataset", folder / "texts")
-    return [
-        "step", "train", "--section", f"{folder}/sections.json", "--in", f"latents={folder}/latents",
-        "--in", f"text_embeds={folder}/texts", "--out", f"{folder}/out",
-    ]  # fmt: skip
+    return [*train_arguments(folder, config, "a"), "--out", f"{folder}/out"]
 
 
 def _first_step(arguments: list[str]) -> dict[str, list[str] | list[int] | int]:

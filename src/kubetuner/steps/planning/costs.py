@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kubetuner.config.models import OUTLINES
+from kubetuner.config.models import OUTLINES, vae_place
 from kubetuner.config.optimizers import OPTIMIZERS
 from kubetuner.config.precision import BYTES
 from kubetuner.config.sections.captions import DatasetCaptions
@@ -78,8 +78,8 @@ def _variants(captions: DatasetCaptions) -> int:
 def vae_shape(model: ModelRef) -> tuple[int, int]:
     """Pixels per latent along an edge, and channels: from the folder's VAE, or else the family's."""
     outline = OUTLINES[model.family]
-    folder = Path(model.vae_path) if model.vae_path else Path(model.path) / "vae"
-    config = _json(folder / "config.json")
+    place, subfolder = vae_place(model)
+    config = _json(Path(place.path) / subfolder / "config.json")
     levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     channels = config.get("latent_channels")
     if isinstance(levels, list) and levels and isinstance(channels, int):

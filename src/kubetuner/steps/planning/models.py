@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kubetuner.config.models import vae_subfolder
 from kubetuner.config.sections.adapter import LoraSettings
 from kubetuner.config.sections.steps import ModelRef, Sections
 from kubetuner.digests import canonical_json, sha256_of
@@ -115,8 +116,7 @@ def _revision(hashes: Mapping[str, str]) -> str:
 def _vae_revision(base: Mapping[str, str], vae_path: str, vae_local: bool) -> str:
     """The hash of the files that the VAE is loaded from; empty when it comes from the hub."""
     if vae_local:
-        inner = Path(vae_path) / "vae"
-        return folder_revision(inner if (inner / "config.json").is_file() else Path(vae_path))
+        return folder_revision(Path(vae_path) / vae_subfolder(vae_path))
     if vae_path or not base:
         return ""
     return _revision({name.removeprefix("vae/"): content for name, content in base.items() if name.startswith("vae/")})
