@@ -11,7 +11,6 @@ need to agree on is held by locks of the operating system, which vanish with the
 import fcntl
 import hashlib
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -24,7 +23,8 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from kubetuner.digests import sha256_of
-from kubetuner.errors import ArtifactError, InputError
+from kubetuner.environment import number_above_zero
+from kubetuner.errors import ArtifactError
 from kubetuner.store.files import DamagedError, Lease
 from kubetuner.store.folder import WRONG_BYTES, date, is_dated
 
@@ -244,18 +244,12 @@ def configured() -> tuple[Path, int]:
     """
     named = os.environ.get("KUBETUNER_STORE_CACHE", "")
     folder = Path(named) if named else Path(tempfile.gettempdir()) / f"kubetuner-store-{os.getuid()}"
-    given = os.environ.get("KUBETUNER_STORE_CACHE_GIB", "")
-    if not given:
+    given = number_above_zero(os.environ, "KUBETUNER_STORE_CACHE_GIB", "GiB as a number above 0, such as 50")
+    if given is None:
         there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
         held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         return folder, (shutil.disk_usage(there).free + held) // 2
-    try:
-        bound = float(given)
-    except ValueError:
-        bound = 0.0
-    if not bound > 0 or math.isinf(bound):
-        raise InputError(f"KUBETUNER_STORE_CACHE_GIB is {given!r}; expected GiB as a number above 0, such as 50")
-    return folder, int(bound * 2**30)
+    return folder, int(given * 2**30)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from kubetuner.config.models import OUTLINES
 from kubetuner.config.optimizers import OPTIMIZERS
 from kubetuner.config.precision import unroundable
 from kubetuner.config.sections.steps import Sections, TrainSection
+from kubetuner.environment import number_above_zero
 from kubetuner.errors import InputError
 from kubetuner.steps.planning.costs import vae_shape
 from kubetuner.steps.planning.datasets import Measured, kept_buckets
@@ -131,16 +132,8 @@ def smallest_card(peak: int) -> int:
 
 def _card() -> int:
     """Bytes by the environment; 0 when it does not say."""
-    text = os.environ.get(CARD, "")
-    if not text:
-        return 0
-    try:
-        size = float(text)
-    except ValueError:
-        size = 0.0
-    if not 0 < size < 10_000:
-        raise InputError(f"{CARD} is {text!r}; expected the GPU's memory in GiB, such as 24.")
-    return int(size * GIB)
+    size = number_above_zero(os.environ, CARD, "the GPU's memory in GiB, such as 24.", below=10_000)
+    return 0 if size is None else int(size * GIB)
 
 
 def _local_card() -> int:

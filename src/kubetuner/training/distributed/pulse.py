@@ -19,7 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from kubetuner.errors import InputError, TrainingError
+from kubetuner.environment import number_above_zero
+from kubetuner.errors import TrainingError
 from kubetuner.training.distributed.failures import report
 
 if TYPE_CHECKING:
@@ -61,14 +62,9 @@ def read_limits(environment: Mapping[str, str]) -> Limits:
 
 
 def _seconds(environment: Mapping[str, str], name: str, default: float, meaning: str) -> float:
-    text = environment.get(name, "")
-    try:
-        minutes = float(text) if text else default / 60
-    except ValueError:
-        minutes = 0.0
-    if not 0 < minutes < float("inf"):
-        raise InputError(f"{name} is {text!r}; expected minutes above 0: {meaning}; {default / 60:g} if it is not set.")
-    return 60 * minutes
+    expected = f"minutes above 0: {meaning}; {default / 60:g} if it is not set."
+    minutes = number_above_zero(environment, name, expected)
+    return default if minutes is None else 60 * minutes
 
 
 @dataclass
