@@ -19,7 +19,7 @@ from bench.measure import report, table
 from kubetuner.config.sections.sources import DatasetSource
 from kubetuner.sources.base import Item
 from kubetuner.sources.gcs import GcsSource
-from kubetuner.sources.threads import in_threads
+from kubetuner.threads import in_threads
 from tests.servers.gcs import empty_bucket, fake_gcs
 
 DELAY_SECONDS = 0.03

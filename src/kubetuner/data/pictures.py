@@ -18,9 +18,16 @@ from PIL import Image, UnidentifiedImageError
 
 from kubetuner.data.geometry import Placement
 from kubetuner.errors import ArtifactError, DatasetError
+from kubetuner.threads import available_cpus
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+NOT_FINITE = "the VAE gave latents that are not finite; remove the picture, or choose another VAE if there are many"
+"""Why a picture is left out that was decoded well."""
+
+# A GPU encodes a picture in less time than a thread decodes it, so many threads pay off; each may hold a whole picture.
+MAX_DECODING_THREADS = 16
 
 # Above this a picture is refused: a few kilobytes can claim to be gigapixels.
 MAX_PIXELS = 89_478_485
@@ -187,6 +194,11 @@ def read_pixels(path: Path, sha256: str, sample: str, placement: Placement) -> "
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ArtifactError(f"{path}, the picture of {sample}, is missing or damaged; run download_dataset again")
     return to_bytes(decode_picture(data, path), placement)
+
+
+def decoding_threads() -> int:
+    """How many threads should call :func:`read_pixels`."""
+    return min(MAX_DECODING_THREADS, available_cpus())
 
 
 def to_floats(colours: "Tensor") -> "Tensor":

@@ -6,7 +6,6 @@ bit. Datasets with ``vae_cache_ondemand`` get what ``cache_vae`` would have kept
 """
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +29,7 @@ from kubetuner.config.sections.steps import ModelRef
 from kubetuner.data.geometry import Placement
 from kubetuner.data.kept_latents import KeptLatents
 from kubetuner.data.latents import MOMENTS, SAMPLE
-from kubetuner.data.pictures import read_pixels
+from kubetuner.data.pictures import NOT_FINITE, decoding_threads, read_pixels
 from kubetuner.errors import ArtifactError
 from kubetuner.families.base import Named
 from kubetuner.families.encoding import Encoder, load_encoder
@@ -38,10 +37,8 @@ from kubetuner.store import require_store, resolve_store
 
 logger = logging.getLogger(__name__)
 
-MAX_THREADS = 8
 # Decoded pictures that wait for their batch.
 AHEAD_BYTES = 256 << 20
-NOT_FINITE = "the VAE gave latents that are not finite; remove the picture, or choose another VAE if there are many"
 
 
 class LatentMaker:
@@ -62,7 +59,7 @@ class LatentMaker:
 
     def __init__(self, encoder: Encoder, dataset: Path, rule: OnDemand, kept: KeptLatents | None) -> None:
         self._encoder, self._dataset, self._rule, self.kept = encoder, dataset, rule, kept
-        self._pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "kubetuner-decode")
+        self._pool = ThreadPoolExecutor(decoding_threads(), "kubetuner-decode")
         self._decoding: dict[str, Future[Tensor]] = {}
         self._made: dict[str, Named] = {}
         self._stream = _own_stream(encoder.device)

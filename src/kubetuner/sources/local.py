@@ -11,13 +11,14 @@ from pathlib import Path
 from kubetuner.config.sections.sources import DatasetSource
 from kubetuner.errors import DatasetError
 from kubetuner.sources.base import Item, ItemError, Listing, folder_listing, is_picture, is_text
+from kubetuner.threads import available_cpus
 
 
 class LocalSource:
     """The folder ``instance_data_dir``."""
 
     key = "instance_data_dir"
-    readers = os.cpu_count() or 1
+    readers = available_cpus()
 
     def __init__(self, settings: DatasetSource) -> None:
         self._root = Path(settings.instance_data_dir)

@@ -21,7 +21,7 @@ from kubetuner.config.sections.sources import HubDataset
 from kubetuner.errors import DatasetError
 from kubetuner.sources.base import Item, ItemError, Listing, PassingError, first_line, listing_of, retrying
 from kubetuner.sources.table import captions_of
-from kubetuner.sources.threads import in_threads
+from kubetuner.threads import in_threads
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile

@@ -6,7 +6,6 @@ that changes leaves its mask as it is.
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import compress, islice
@@ -22,9 +21,9 @@ from kubetuner.data.keys import Keys
 from kubetuner.data.masks import WEIGHTS, to_weights
 from kubetuner.digests import fingerprint
 from kubetuner.errors import ArtifactError
-from kubetuner.sources.threads import in_threads
 from kubetuner.steps.planning.costs import vae_shape
 from kubetuner.store import Store
+from kubetuner.threads import available_cpus, in_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,7 +107,7 @@ def cache_masks(
     made = in_threads(
         lambda item: (_key(item, factor), _weights(dataset, item, factor)),
         compress(samples(), first),
-        os.cpu_count() or 1,
+        available_cpus(),
         "masks",
     )
     while part := dict(islice(made, MASKS_PER_SHARD)):

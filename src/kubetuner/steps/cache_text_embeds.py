@@ -27,12 +27,14 @@ from kubetuner.config.sections.steps import CacheTextSection
 from kubetuner.data.caption_edits import edit_captions
 from kubetuner.data.keys import Keys
 from kubetuner.data.rows import RowFile
+from kubetuner.data.shard_writer import ShardWriter
 from kubetuner.digests import fingerprint
 from kubetuner.imports import importing
 from kubetuner.progress import Progress
 from kubetuner.steps.allocation import keep_freed_memory
 from kubetuner.steps.download_dataset import read_dataset
 from kubetuner.store import Store, resolve_store
+from kubetuner.threads import limit_threads
 
 logger = logging.getLogger(__name__)
 
@@ -159,20 +161,21 @@ def _encode(section: CacheTextSection, store: Store, namespace: str, texts: _Tex
         from kubetuner.families.loading import default_device
 
     keep_freed_memory()
+    limit_threads()
     device = default_device()
     family = load_family(section.model.family)
     encoders = family.load_text_encoders(section.model, device, section.rounding)
     dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32
     at_once = BATCHES_AT_ONCE * section.text_encoder_batch_size
-    with Progress("cache_text_embeds", len(missing), "texts") as progress, torch.inference_mode():
-        for start in range(0, len(missing), TEXTS_PER_SHARD):
-            ready = {}
-            places = missing[start : start + TEXTS_PER_SHARD]
-            for first in range(0, len(places), at_once):
-                batch = places[first : first + at_once]
-                encoded = family.encode_texts(encoders, [texts[place] for place in batch], section)
-                for place, tensors in zip(batch, encoded, strict=True):
-                    ready[texts.keys[place]] = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-                progress.advance(len(batch))
-            texts.keys.put(texts.keys.numbers(ready), store.write_shard(namespace, ready))
-    return len(missing)
+    with (
+        Progress("cache_text_embeds", len(missing), "texts") as progress,
+        ShardWriter(store, namespace, texts.keys, TEXTS_PER_SHARD) as shards,
+        torch.inference_mode(),
+    ):
+        for first in range(0, len(missing), at_once):
+            batch = missing[first : first + at_once]
+            encoded = family.encode_texts(encoders, [texts[place] for place in batch], section)
+            for place, tensors in zip(batch, encoded, strict=True):
+                shards.add(texts.keys[place], {name: tensor.to(dtype) for name, tensor in tensors.items()})
+            progress.advance(len(batch))
+    return shards.added

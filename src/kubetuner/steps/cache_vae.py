@@ -1,11 +1,8 @@
 """The ``cache_vae`` step: pictures of a dataset artifact in, VAE latents out."""
 
 import logging
-import os
 from array import array
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -31,8 +28,9 @@ from kubetuner.artifacts import (
 from kubetuner.config.sections.steps import CacheVaeSection
 from kubetuner.data.geometry import LeftOut, Placement, place
 from kubetuner.data.keys import SAMPLES_PER_SHARD, Keys
-from kubetuner.data.pictures import read_pixels
+from kubetuner.data.pictures import NOT_FINITE, decoding_threads, read_pixels
 from kubetuner.data.rows import RowFile
+from kubetuner.data.shard_writer import ShardWriter
 from kubetuner.digests import fingerprint
 from kubetuner.imports import importing
 from kubetuner.progress import Progress
@@ -40,14 +38,17 @@ from kubetuner.steps.allocation import keep_freed_memory, share_freed_memory
 from kubetuner.steps.cache_masks import CachedMasks, cache_masks
 from kubetuner.steps.download_dataset import read_dataset
 from kubetuner.store import Store, require_store, resolve_store
+from kubetuner.threads import in_threads, limit_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kubetuner.families.encoding import Batch
+
 logger = logging.getLogger(__name__)
 
-MAX_THREADS = 8
-NOT_FINITE = "the VAE gave latents that are not finite; remove the picture, or choose another VAE if there are many"
+# Decoded pictures that wait, for each thread that decodes; a megapixel takes 3 MB.
+DECODED_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -248,55 +249,36 @@ def _encode(section: CacheVaeSection, store: Store, namespace: str, samples: _Sa
 
     keep_freed_memory()
     share_freed_memory()
+    limit_threads()
     encoder = load_encoder(section.model, section.dtype, section.vae_batch_size)
-    encoded = 0
-    ready: dict[str, dict[str, Tensor]] = {}
-    with Progress("cache_vae", len(missing), "pictures") as progress, torch.inference_mode():
-        pictures = _read_ahead(dataset, (samples[index] for index in missing))
-        for batch in _batches(pictures, section.vae_batch_size):
-            keys, pixels = [item.key for item, _ in batch], [one for _, one in batch]
-            made = encoder.encode(keys, pixels, moments=section.vae_cache_moments)
-            ready |= {key: tensors for key, tensors in zip(keys, made, strict=True) if tensors is not None}
-            if len(ready) >= SAMPLES_PER_SHARD:
-                encoded += _write(store, namespace, samples.keys, ready)
-                ready = {}
-            progress.advance(len(batch))
-    return encoded + _write(store, namespace, samples.keys, ready)
+    with (
+        Progress("cache_vae", len(missing), "pictures") as progress,
+        ShardWriter(store, namespace, samples.keys, SAMPLES_PER_SHARD) as shards,
+        torch.inference_mode(),
+    ):
+        batches = _batches(_decoded(dataset, samples, missing), section.vae_batch_size)
+        for key, tensors in encoder.encode_all(batches, moments=section.vae_cache_moments):
+            if tensors is not None:
+                shards.add(key, tensors)
+            progress.advance(1)
+    return shards.added
 
 
-def _write(store: Store, namespace: str, keys: Keys, ready: "Mapping[str, Mapping[str, Tensor]]") -> int:
-    """Write a shard and note what is in it; returns how many samples."""
-    if ready:
-        keys.put(keys.numbers(ready), store.write_shard(namespace, ready))
-    return len(ready)
-
-
-def _batches(pictures: "Iterator[tuple[_Placed, Tensor]]", size: int) -> "Iterator[list[tuple[_Placed, Tensor]]]":
-    """Neighbours of one target size, at most ``size`` together."""
+def _batches(pictures: "Iterator[tuple[_Placed, Tensor]]", size: int) -> "Iterator[Batch]":
+    """Keys and pixels of neighbours of one target size, at most ``size`` together."""
     for _, same in groupby(pictures, key=lambda picture: picture[0].placement.target_size):
         while batch := list(islice(same, size)):
-            yield batch
+            yield [item.key for item, _ in batch], [pixels for _, pixels in batch]
 
 
-def _read_ahead(dataset: Path, items: Iterable[_Placed]) -> "Iterator[tuple[_Placed, Tensor]]":
-    """Each item with its pixels (uint8), in order; meanwhile threads prepare those that follow."""
-    threads = min(MAX_THREADS, os.cpu_count() or 1)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="cache_vae")
-    waiting: deque[tuple[_Placed, Future[Tensor]]] = deque()
-    try:
-        for following in items:
-            waiting.append((following, pool.submit(_pixels, dataset, following)))
-            if len(waiting) > 2 * threads:
-                item, pixels = waiting.popleft()
-                yield item, pixels.result()
-        for item, pixels in waiting:
-            yield item, pixels.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _decoded(dataset: Path, samples: _Samples, indices: Iterable[int]) -> "Iterator[tuple[_Placed, Tensor]]":
+    """The samples at ``indices`` with their pixels (uint8), in order; threads prepare those that follow."""
 
+    def decode(index: int) -> "tuple[_Placed, Tensor]":
+        item = samples[index]
+        return item, read_pixels(dataset / item.sample.file, item.sample.sha256, item.sample.id, item.placement)
 
-def _pixels(dataset: Path, item: _Placed) -> "Tensor":
-    return read_pixels(dataset / item.sample.file, item.sample.sha256, item.sample.id, item.placement)
+    return in_threads(decode, indices, decoding_threads(), "cache_vae", ahead=DECODED_AHEAD)
 
 
 def _row(item: _Placed, shard: str) -> LatentRow:

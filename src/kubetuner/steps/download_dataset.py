@@ -40,8 +40,8 @@ from kubetuner.sources.base import PICTURE_EXTENSIONS, Item, ItemError, Listing,
 from kubetuner.sources.items import Items
 from kubetuner.sources.subset import subset
 from kubetuner.sources.switch import open_source
-from kubetuner.sources.threads import in_threads
 from kubetuner.steps.download_masks import MaskOrigin, open_masks, take_mask
+from kubetuner.threads import in_threads
 
 logger = logging.getLogger(__name__)
 

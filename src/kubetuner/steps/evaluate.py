@@ -26,6 +26,7 @@ from kubetuner.config.sections.steps import EvaluateSection
 from kubetuner.digests import fingerprint
 from kubetuner.errors import ArtifactError
 from kubetuner.imports import importing
+from kubetuner.threads import limit_threads
 
 if TYPE_CHECKING:
     from kubetuner.evaluation.compare import Comparison
@@ -137,6 +138,7 @@ def _compare(section: EvaluateSection, weights: Path, held_out: "HeldOut | None"
     from kubetuner.evaluation.compare import compare
     from kubetuner.families.loading import default_device
 
+    limit_threads()
     return compare(section, weights, held_out, default_device(), out)
 
 

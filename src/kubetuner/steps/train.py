@@ -30,6 +30,7 @@ from kubetuner.config.trainjob import TrainJobSettings, no_trainjob, trainjob_se
 from kubetuner.digests import fingerprint
 from kubetuner.errors import InputError, TrainingError
 from kubetuner.imports import importing
+from kubetuner.threads import limit_threads
 
 if TYPE_CHECKING:
     from kubetuner.data.latents import Maker
@@ -148,7 +149,6 @@ def _train(section: TrainSection, inputs: Inputs, out: Path, processes: "Process
         from kubetuner.training.checkpoints import Checkpoints
         from kubetuner.training.loop import train_denoiser
         from kubetuner.training.saving import gathered
-        from kubetuner.training.threads import limit_threads
 
     limit_threads()
     if section.fsdp is not None and processes.count == 1:

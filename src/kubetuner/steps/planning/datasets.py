@@ -16,7 +16,7 @@ from kubetuner.progress import Progress
 from kubetuner.sources.base import HEADER_BYTES, Item, ItemError, Listing, Source, named
 from kubetuner.sources.subset import subset
 from kubetuner.sources.switch import located, open_source
-from kubetuner.sources.threads import in_threads
+from kubetuner.threads import in_threads
 
 _NAMED = 5
 Size = tuple[int, int]

@@ -10,8 +10,8 @@ from kubetuner.config.sections.sources import MaskSource
 from kubetuner.errors import DatasetError, Problem, on_one_line
 from kubetuner.sources.base import Item, Listing, Source, named
 from kubetuner.sources.switch import located, open_source
-from kubetuner.sources.threads import in_threads
 from kubetuner.steps.planning.datasets import Size, size_of
+from kubetuner.threads import in_threads
 
 _NAMED = 5
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import kubetuner
 from kubetuner.config.sections.steps import TrainSection
 from kubetuner.errors import InputError
+from kubetuner.threads import available_cpus
 from kubetuner.training.distributed.failures import first_error
 from kubetuner.training.distributed.pulse import WORDS_VARIABLE
 from kubetuner.training.interruption import StopRequest
-from kubetuner.training.threads import available_cpus
 
 logger = logging.getLogger(__name__)
 
