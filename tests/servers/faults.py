@@ -6,12 +6,12 @@ import re
 import socket
 import struct
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import parse_qs, unquote
 
-Kind = Literal["status", "cut", "reset", "corrupt"]
+Kind = Literal["status", "cut", "reset", "corrupt", "hold"]
 _HOP_BY_HOP = ("content-length", "transfer-encoding", "connection", "keep-alive")
 
 
@@ -21,13 +21,15 @@ class Fault:
 
     Attributes:
         kind: ``status`` answers ``value``; ``cut`` sends ``value`` bytes of the body and hangs up; ``reset`` hangs up
-            at once; ``corrupt`` changes one byte of the body.
+            at once; ``corrupt`` changes one byte of the body; ``hold`` passes it on when ``released`` is set, or after
+            half a minute.
     """
 
     pattern: str
     kind: Kind
     value: int = 0
     times: int = 1
+    released: threading.Event = field(default_factory=threading.Event)
 
 
 class FaultyProxy:
@@ -124,6 +126,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.kind == "reset":
             self._hang_up()
             return
+        if fault and fault.kind == "hold":
+            fault.released.wait(30)
         if not self.state.allows(self.command, self.path):
             self._send(412, [("Content-Type", "application/json")], b'{"error": {"message": "condition not met"}}')
             return
