@@ -142,7 +142,7 @@ def warm_reads(folder: Path, far: Bucket, shards: tuple[ShardEntry, ...], rounds
         reader.verify(shards)
         works[name] = partial(Ours(reader, places, "latents").read, picks)
         works[name]()
-    seconds = alternate(rounds, works)
+    seconds = {name: spent.cpu for name, spent in alternate(rounds, works).items()}
     rows = [[name, f"{READS / took:,.0f}", f"{took / seconds['a folder']:.2f}"] for name, took in seconds.items()]
     note = "\n\nThe first use of each shard, which hashes it, is not counted. CPU time, medians of alternating rounds."
     return table(["random reads from", "reads per CPU second", "time, folder = 1"], rows) + note

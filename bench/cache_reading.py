@@ -94,8 +94,8 @@ def side_by_side(scratch: Path, count: int, width: int, rounds: int) -> str:
         ):
             sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
             layout = "shards" if name == "ours" else f"one .pt each, {name}"
-            per, rate = sum(sizes) / count, READS / seconds[name]
-            ratio = f"{seconds[name] / seconds['ours']:.1f}"
+            per, rate = sum(sizes) / count, READS / seconds[name].cpu
+            ratio = f"{seconds[name].cpu / seconds['ours'].cpu:.1f}"
             rows.append([kind, layout, f"{len(sizes):,}", f"{per:,.0f}", f"{rate:,.0f}", ratio])
     first = sum(row_bytes(ours / kind) for kind in ("latents", "texts")) / count
     head = ["what", "layout", "files", "bytes each", "reads per CPU second", "our reads are faster by"]

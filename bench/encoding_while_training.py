@@ -73,7 +73,7 @@ def measure(family: str, scratch: Path, rounds: int) -> list[str]:
         f"{name}{steps}": partial(run, ready[name], scratch / name, steps) for name in modes for steps in (FEW, MANY)
     }
     times = alternate(rounds, works)
-    cached, made = ((times[f"{name}{MANY}"] - times[f"{name}{FEW}"]) / (MANY - FEW) for name in modes)
+    cached, made = ((times[f"{name}{MANY}"].cpu - times[f"{name}{FEW}"].cpu) / (MANY - FEW) for name in modes)
     return [family, f"{1000 * cached:.1f}", f"{1000 * made:.1f}", f"{cached / made:.2f}"]
 
 

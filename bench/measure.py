@@ -1,4 +1,4 @@
-"""Measuring on a machine that others use too: CPU time, in turns, medians; and where the figures are kept."""
+"""Measuring on a machine that others use too, in turns; and where the figures are kept."""
 
 import datetime
 import os
@@ -10,19 +10,35 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 README = Path(__file__).with_name("README.md")
 
 
-def alternate(rounds: int, works: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Median CPU seconds of this process for each of ``works``, which take turns so that load hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in works}
+class Spent(NamedTuple):
+    """What a piece of work took, in seconds.
+
+    Attributes:
+        cpu: Of this process, on all cores; the median of some rounds.
+        wall: By the clock; the shortest of them, which others have disturbed least.
+    """
+
+    cpu: float
+    wall: float
+
+
+def alternate(rounds: int, works: Mapping[str, Callable[[], object]]) -> dict[str, Spent]:
+    """What each of ``works`` takes; they take turns, so that load hits all alike."""
+    times: dict[str, list[Spent]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
-            started = time.process_time()
+            cpu, wall = time.process_time(), time.perf_counter()
             work()
-            times[name].append(time.process_time() - started)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+            times[name].append(Spent(time.process_time() - cpu, time.perf_counter() - wall))
+    return {
+        name: Spent(statistics.median(one.cpu for one in spent), min(one.wall for one in spent))
+        for name, spent in times.items()
+    }
 
 
 def in_child(module: str, call: str, variables: Mapping[str, str] | None = None) -> str:

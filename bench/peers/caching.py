@@ -123,7 +123,7 @@ def ours_caches(work: Work, size: Size, rounds: int, scratch: Path) -> tuple[dic
     works = bare_encoders(sides["whole"])
     works |= {f"{kind} {name}": partial(run_cache, kind, side.folder) for kind in KINDS for name, side in sides.items()}
     alternate(1, works)
-    seconds = alternate(rounds, works)
+    seconds = {name: spent.cpu for name, spent in alternate(rounds, works).items()}
     for kind in KINDS:
         seconds[kind] = seconds[f"{kind} whole"] - seconds[f"{kind} start"]
     return seconds, {kind: folder_size(sides["whole"].folder / kind) // COUNT for kind in KINDS}
