@@ -43,7 +43,8 @@ from kubetuner.data.geometry import Placement, place
 from kubetuner.data.pictures import open_picture, to_pixels
 from kubetuner.families import load_family
 from kubetuner.families.text import TextEncoder
-from kubetuner.steps.cache_text_embeds import BATCHES_AT_ONCE, cache_text_embeds
+from kubetuner.families.text_encoding import encode_texts
+from kubetuner.steps.cache_text_embeds import cache_text_embeds
 from kubetuner.steps.cache_vae import cache_vae
 from kubetuner.steps.download_dataset import download_dataset
 from pipelines.recipes.demo.autoencoders import dc_autoencoder, kl_autoencoder
@@ -291,18 +292,16 @@ def bare_texts(ref: ModelRef, count: int) -> dict[str, Callable[[], object]]:
     encoders = family.load_text_encoders(ref, CPU)
     section = CacheTextSection(model=ref, text_encoder_batch_size=BATCH)
     texts = sorted((caption(index) for index in range(count)), key=len)
-
-    @torch.inference_mode()
-    def prepared() -> None:
-        for start in range(0, len(texts), BATCHES_AT_ONCE * BATCH):
-            family.encode_texts(encoders, texts[start : start + BATCHES_AT_ONCE * BATCH], section)
-
-    calls = recorded(encoders, prepared)
+    calls = recorded(encoders, lambda: encode_texts(family, encoders, texts, section))
 
     @torch.inference_mode()
     def alone() -> None:
         for model, arguments, named in calls:
             model(*arguments, **named)
+
+    def prepared() -> None:
+        family.tokenize(encoders, texts, section)
+        alone()
 
     return {"cache_text_embeds alone": alone, "cache_text_embeds prepared": prepared}
 

@@ -26,7 +26,7 @@ from bench.peers.workload import BATCH, Ours, Theirs, Work, folder_size
 from kubetuner.cli.step import run_step
 from kubetuner.config.sections.steps import CacheTextSection
 from kubetuner.families import load_family
-from kubetuner.steps.cache_text_embeds import BATCHES_AT_ONCE
+from kubetuner.families.text_encoding import encode_texts
 from pipelines.recipes.demo.models import FAMILIES, Size
 
 COUNT, FIRST = 256, 32
@@ -145,7 +145,6 @@ def bare_encoders(side: Ours) -> dict[str, Callable[[], object]]:
     pixels = torch.randn(BATCH, 3, edge, edge)
     noise = torch.randn(BATCH, *family.latent_shape(vae, edge, edge))
     texts = sorted(caption(index) for index in range(COUNT))
-    at_once = BATCHES_AT_ONCE * section.text_encoder_batch_size
 
     @torch.inference_mode()
     def pictures() -> None:
@@ -154,8 +153,7 @@ def bare_encoders(side: Ours) -> dict[str, Callable[[], object]]:
 
     @torch.inference_mode()
     def captions() -> None:
-        for start in range(0, COUNT, at_once):
-            family.encode_texts(encoders, texts[start : start + at_once], section)
+        encode_texts(family, encoders, texts, section)
 
     return {"bare cache_vae": pictures, "bare cache_text_embeds": captions}
 

@@ -18,7 +18,7 @@ from kubetuner.config.sections.objective import ProcessSettings
 from kubetuner.config.sections.steps import CacheTextSection, EvaluateSection, ModelRef
 from kubetuner.config.text_rounding import WHOLE_TEXT, TextRounding
 from kubetuner.diffusion.process import NoiseProcess
-from kubetuner.families.text import PAD_TO
+from kubetuner.families.text import PAD_TO, Tokens
 
 Named = dict[str, Tensor]
 
@@ -84,8 +84,12 @@ class Family(Protocol):
         """
         ...
 
-    def encode_texts(self, encoders: Any, texts: Sequence[str], section: CacheTextSection) -> list[Named]:
-        """Per text its tensors without a batch dimension, trimmed where ``facts.trims_text``; CPU, float32."""
+    def tokenize(self, encoders: Any, texts: Sequence[str], section: CacheTextSection) -> list[Tokens]:
+        """Per text what :meth:`encode_tokens` takes; ``facts.trims_text`` says whether lengths differ."""
+        ...
+
+    def encode_tokens(self, encoders: Any, tokens: Sequence[Tokens]) -> Named:
+        """The tensors ``[B, …]`` of texts of one padded length, on the encoders' device, before ``Tokens.cut``."""
         ...
 
     def load_denoiser(self, ref: ModelRef, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -101,7 +105,7 @@ class Family(Protocol):
     ) -> Named:
         """Batched conditioning, float32 on CPU.
 
-        ``None`` marks a dropped caption; ``null`` is what :meth:`encode_texts` gives for the empty text. Texts of
+        ``None`` marks a dropped caption; ``null`` is what caches keep of the empty text. Texts of
         different lengths are padded to a multiple of ``pad_to`` tokens.
         """
         ...

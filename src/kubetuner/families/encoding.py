@@ -14,6 +14,7 @@ from kubetuner.data.pictures import to_floats
 from kubetuner.families import load_family
 from kubetuner.families.base import Family, Named
 from kubetuner.families.loading import default_device
+from kubetuner.families.transfers import Arriving, sent
 
 Batch = tuple[Sequence[str], Sequence[Tensor]]
 """Content keys of some pictures of one size, and their pixels: uint8 ``[3, H, W]`` each."""
@@ -64,10 +65,7 @@ class Encoder:
 
     def _begin(self, keys: Sequence[str], pixels: Sequence[Tensor], moments: bool) -> "_Begun":
         with _products_of_training(self.device):
-            made = self._encode(keys, pixels, moments)
-            # To memory that the GPU writes by itself, so that this thread goes on.
-            results = {name: one.to(self.dtype).to("cpu", non_blocking=True) for name, one in made.items()}
-        return _Begun(keys, results, _mark(self.device))
+            return _Begun(keys, Arriving(self._encode(keys, pixels, moments), self.dtype))
 
     def _encode(self, keys: Sequence[str], pixels: Sequence[Tensor], moments: bool) -> Named:
         """For a full batch, on the VAE's device; it is filled up with the last picture."""
@@ -75,47 +73,30 @@ class Encoder:
         # Colours last, as they lie in memory: stacked otherwise they would be sorted here, and back by the autoencoder.
         stacked = torch.stack([one.permute(1, 2, 0) for one in [*pixels, *[pixels[-1]] * missing]])
         # Whole bytes travel: a quarter of what floats would be.
-        full = to_floats(self._moved(stacked).permute(0, 3, 1, 2))
+        full = to_floats(sent(stacked, self.device).permute(0, 3, 1, 2))
         if moments:
             return dict(zip(MOMENTS, self.family.encode_moments(self.vae, full), strict=True))
         shape = self.family.latent_shape(self.vae, full.shape[2], full.shape[3])
         noise = [torch.randn(shape, generator=key_generator(key)) for key in keys]
         noises = torch.stack([*noise, *[noise[-1]] * missing])
-        return {SAMPLE[0]: self.family.encode_pixels(self.vae, full, self._moved(noises))}
-
-    def _moved(self, tensor: Tensor) -> Tensor:
-        """On the VAE's device; what a GPU is still to fetch lies where it can without this thread."""
-        if self.device.type != "cuda":
-            return tensor.to(self.device)
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return {SAMPLE[0]: self.family.encode_pixels(self.vae, full, sent(noises, self.device))}
 
 
 @dataclass(frozen=True)
 class _Begun:
-    """A batch whose results are there once ``arrived`` is; without it, at once."""
+    """A batch whose latents are on their way."""
 
     keys: Sequence[str]
-    made: Named
-    arrived: torch.cuda.Event | None
+    arriving: Arriving
 
     def results(self) -> list[Named | None]:
         """See :meth:`Encoder.encode`."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        finite = torch.stack([one.isfinite().flatten(1).all(1) for one in self.made.values()]).all(0).tolist()
+        made = self.arriving.tensors()
+        finite = torch.stack([one.isfinite().flatten(1).all(1) for one in made.values()]).all(0).tolist()
         return [
-            {name: one[place].clone() for name, one in self.made.items()} if finite[place] else None
+            {name: one[place].clone() for name, one in made.items()} if finite[place] else None
             for place in range(len(self.keys))
         ]
-
-
-def _mark(device: torch.device) -> torch.cuda.Event | None:
-    """When a GPU has done what it was asked for by now."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
-    return event
 
 
 def load_encoder(model: ModelRef, dtype: Literal["bf16", "fp32"], batch_size: int) -> Encoder:

@@ -20,7 +20,15 @@ from kubetuner.families.autoencoders import KlLatents
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
 from kubetuner.families.quantised import load_text_encoder
-from kubetuner.families.text import PAD_TO, TextEncoder, encode_at_length, pad_together, padded_shapes
+from kubetuner.families.text import (
+    PAD_TO,
+    TextEncoder,
+    Tokens,
+    last_hidden_states,
+    pad_together,
+    padded_shapes,
+    truncated_ids,
+)
 
 MAX_TOKENS = 300
 
@@ -50,12 +58,15 @@ class PixArtSigma(KlLatents, Adapters):
         tokenizer = loading.load_tokenizer(AutoTokenizer, ref, "tokenizer")
         return TextEncoder(tokenizer, load_text_encoder(T5EncoderModel, ref, "text_encoder", 1, rounding, device))
 
-    def encode_texts(self, encoders: TextEncoder, texts: Sequence[str], section: CacheTextSection) -> list[Named]:
-        """T5's last hidden states of the cleaned texts, trimmed to their tokens: ``embeds`` ``[tokens, D]``."""
-        prepared = prepare(texts, section.clean_caption)
+    def tokenize(self, encoders: TextEncoder, texts: Sequence[str], section: CacheTextSection) -> list[Tokens]:
+        """The cleaned texts as T5 reads them."""
         length = min(section.max_length or MAX_TOKENS, MAX_TOKENS)
-        states = encode_at_length(encoders, prepared, length, section.text_encoder_batch_size)
-        return [{"embeds": state} for state in states]
+        ids = truncated_ids(encoders, prepare(texts, section.clean_caption), length)
+        return [Tokens((one,), kept=(slice(len(one)),)) for one in ids]
+
+    def encode_tokens(self, encoders: TextEncoder, tokens: Sequence[Tokens]) -> Named:
+        """T5's last hidden states: ``embeds`` ``[B, L, D]``."""
+        return {"embeds": last_hidden_states(encoders, tokens)}
 
     def load_denoiser(self, ref: ModelRef, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """See :class:`~kubetuner.families.base.Family`."""

@@ -17,7 +17,15 @@ from kubetuner.families.autoencoders import as_wanted
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
 from kubetuner.families.quantised import load_text_encoder
-from kubetuner.families.text import PAD_TO, TextEncoder, encode_at_length, pad_together, padded_shapes
+from kubetuner.families.text import (
+    PAD_TO,
+    TextEncoder,
+    Tokens,
+    last_hidden_states,
+    pad_together,
+    padded_shapes,
+    truncated_ids,
+)
 
 MAX_TOKENS = 300
 
@@ -72,20 +80,26 @@ class Sana(Adapters):
         model.config.use_cache = False
         return TextEncoder(tokenizer, model)
 
-    def encode_texts(self, encoders: TextEncoder, texts: Sequence[str], section: CacheTextSection) -> list[Named]:
-        """Gemma's last hidden states of instruction and text: ``embeds`` ``[tokens, D]``.
+    def tokenize(self, encoders: TextEncoder, texts: Sequence[str], section: CacheTextSection) -> list[Tokens]:
+        """Instruction and text as Gemma reads them.
 
         Kept are the first position and those that the last ``max_length - 1`` of the padded sequence would hold, as
         Sana's own pipeline keeps them; the rest of the instruction only lends its context.
         """
         length = min(section.max_length or MAX_TOKENS, MAX_TOKENS)
-        prepared = [section.instruction + text.lower().strip() for text in texts]
         padded = length
         if section.instruction:
             padded += len(encoders.tokenizer.encode(section.instruction)) - 2
-        states = encode_at_length(encoders, prepared, padded, section.text_encoder_batch_size)
+        prepared = [section.instruction + text.lower().strip() for text in texts]
         first_kept = padded - length + 1
-        return [{"embeds": torch.cat([state[:1], state[first_kept:]])} for state in states]
+        return [
+            Tokens((ids,), kept=(slice(1), slice(first_kept, len(ids))))
+            for ids in truncated_ids(encoders, prepared, padded)
+        ]
+
+    def encode_tokens(self, encoders: TextEncoder, tokens: Sequence[Tokens]) -> Named:
+        """Gemma's last hidden states: ``embeds`` ``[B, L, D]``."""
+        return {"embeds": last_hidden_states(encoders, tokens)}
 
     def load_denoiser(self, ref: ModelRef, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """See :class:`~kubetuner.families.base.Family`."""

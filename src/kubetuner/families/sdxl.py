@@ -18,7 +18,8 @@ from kubetuner.families.autoencoders import KlLatents
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
 from kubetuner.families.quantised import load_text_encoder
-from kubetuner.families.text import PAD_TO, TextEncoder, in_batches
+from kubetuner.families.text import PAD_TO, TextEncoder, Tokens
+from kubetuner.families.transfers import sent
 
 MAX_TOKENS = 77
 
@@ -73,15 +74,24 @@ class Sdxl(KlLatents, Adapters):
             loading.pipeline_setting(StableDiffusionXLPipeline, ref, "force_zeros_for_empty_prompt", True),
         )
 
-    def encode_texts(self, encoders: SdxlTextEncoders, texts: Sequence[str], section: CacheTextSection) -> list[Named]:
-        """``embeds`` ``[77, D1 + D2]`` (both penultimate layers) and ``pooled`` ``[D2]``.
+    def tokenize(self, encoders: SdxlTextEncoders, texts: Sequence[str], section: CacheTextSection) -> list[Tokens]:
+        """The 77 tokens of each text for either encoder.
 
         The empty text is zeros where the base draws its unconditional pictures with zeros, so that a dropped caption
         trains what guidance will use.
         """
-        first, second = (_tokens(encoder, texts) for encoder in (encoders.first, encoders.second))
-        rows = list(zip(texts, first, second, strict=True))
-        return in_batches(lambda some: _encode(encoders, some), rows, section.text_encoder_batch_size)
+        ids = zip(_tokens(encoders.first, texts), _tokens(encoders.second, texts), strict=True)
+        return [
+            Tokens(both, factor=0.0 if encoders.empty_is_zeros and not text else 1.0)
+            for text, both in zip(texts, ids, strict=True)
+        ]
+
+    @torch.no_grad()
+    def encode_tokens(self, encoders: SdxlTextEncoders, tokens: Sequence[Tokens]) -> Named:
+        """``embeds`` ``[B, 77, D1 + D2]`` (both penultimate layers) and ``pooled`` ``[B, D2]``."""
+        first, _ = _clip(encoders.first, [one.ids[0] for one in tokens])
+        second, pooled = _clip(encoders.second, [one.ids[1] for one in tokens])
+        return {"embeds": torch.cat([first, second], dim=-1), "pooled": pooled}
 
     def load_denoiser(self, ref: ModelRef, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """See :class:`~kubetuner.families.base.Family`."""
@@ -154,18 +164,6 @@ class Sdxl(KlLatents, Adapters):
             ).images[0]
 
 
-@torch.no_grad()
-def _encode(encoders: SdxlTextEncoders, rows: Sequence[tuple[str, list[int], list[int]]]) -> list[Named]:
-    first, _ = _clip(encoders.first, [tokens for _, tokens, _ in rows])
-    second, pooled = _clip(encoders.second, [tokens for _, _, tokens in rows])
-    embeds = torch.cat([first, second], dim=-1)
-    named: list[Named] = []
-    for row, (text, _, _) in enumerate(rows):
-        keep = 0.0 if encoders.empty_is_zeros and not text else 1.0
-        named.append({"embeds": embeds[row] * keep, "pooled": pooled[row] * keep})
-    return named
-
-
 def _tokens(encoder: TextEncoder, texts: Sequence[str]) -> list[list[int]]:
     """The 77 tokens of each text."""
     tokens = encoder.tokenizer(list(texts), padding="max_length", max_length=MAX_TOKENS, truncation=True)
@@ -176,8 +174,8 @@ def _tokens(encoder: TextEncoder, texts: Sequence[str]) -> list[list[int]]:
 def _clip(encoder: TextEncoder, tokens: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
     """Penultimate hidden states ``[B, 77, D]`` and the first output, which is pooled for the second encoder."""
     device = next(encoder.model.parameters()).device
-    output = encoder.model(torch.tensor(tokens).to(device), output_hidden_states=True)
-    return output.hidden_states[-2].float().cpu(), output[0].float().cpu()
+    output = encoder.model(sent(torch.tensor(tokens), device), output_hidden_states=True)
+    return output.hidden_states[-2], output[0]
 
 
 def _time_ids(row: LatentRow) -> list[float]:

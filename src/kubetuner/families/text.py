@@ -1,18 +1,13 @@
-"""Sequences of different lengths: encode those of a length together, keep what counts, pad them again in batches.
+"""What families share of their texts: tokens, sequences of different lengths, and their padding in batches."""
 
-Kernels are chosen by the shape of a batch, so the last bits of an embedding depend on that shape, though not on the
-other texts. Here the shape follows from the text alone: its length is rounded up and batches are filled up.
-"""
-
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-ItemT = TypeVar("ItemT")
+from kubetuner.families.transfers import sent
 
 PAD_TO = 8
 PAD_TO_COMPILED = 64
@@ -27,26 +22,48 @@ class TextEncoder:
     model: nn.Module
 
 
-@torch.no_grad()
-def encode_at_length(encoder: TextEncoder, texts: Sequence[str], max_length: int, batch_size: int) -> list[Tensor]:
-    """Last hidden states ``[tokens, D]`` per text on CPU, float32, without padding.
+@dataclass(frozen=True)
+class Tokens:
+    """A text as the encoders of a family read it.
 
-    Texts of about one length are encoded together, so little is padded; whatever the others, a result is the same.
+    Attributes:
+        ids: Of each encoder; all texts of a batch have as many after padding.
+        kept: The positions of its embedding that are kept, in order; empty for all.
+        factor: What its tensors are multiplied by: 0 makes an empty text zeros.
     """
-    tokenizer, model = encoder.tokenizer, encoder.model
-    device = next(model.parameters()).device
-    ids: list[list[int]] = tokenizer(
-        list(texts), truncation=True, max_length=max_length, add_special_tokens=True
-    ).input_ids
-    states: dict[int, Tensor] = {}
-    for length, places in _by_length([len(row) for row in ids], batch_size):
-        rows = [ids[place] + [tokenizer.pad_token_id] * (length - len(ids[place])) for place in places]
-        lengths = torch.tensor(_filled([len(ids[place]) for place in places], batch_size))
-        mask = (torch.arange(length) < lengths[:, None]).long()
-        hidden = model(torch.tensor(_filled(rows, batch_size)).to(device), attention_mask=mask.to(device))[0]
-        for place, state in zip(places, hidden.float().cpu(), strict=False):
-            states[place] = state[: len(ids[place])].clone()
-    return [states[place] for place in range(len(ids))]
+
+    ids: tuple[list[int], ...]
+    kept: tuple[slice, ...] = ()
+    factor: float = 1.0
+
+    @property
+    def padded_length(self) -> int:
+        """Tokens after padding."""
+        return -(-len(self.ids[0]) // PAD_TO) * PAD_TO
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """What is kept of one of its tensors, copied."""
+        cut = torch.cat([tensor[kept] for kept in self.kept]) if self.kept else tensor.clone()
+        return cut if self.factor == 1.0 else cut * self.factor
+
+
+@torch.no_grad()
+def last_hidden_states(encoder: TextEncoder, tokens: Sequence[Tokens]) -> Tensor:
+    """``[B, L, D]`` of texts of one padded length L, on the encoder's device."""
+    length = tokens[0].padded_length
+    pad = encoder.tokenizer.pad_token_id
+    rows = [one.ids[0] + [pad] * (length - len(one.ids[0])) for one in tokens]
+    mask = (torch.arange(length) < torch.tensor([len(one.ids[0]) for one in tokens])[:, None]).long()
+    device = next(encoder.model.parameters()).device
+    states: Tensor = encoder.model(sent(torch.tensor(rows), device), attention_mask=sent(mask, device))[0]
+    return states
+
+
+def truncated_ids(encoder: TextEncoder, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """The tokens of each text with the tokenizer's marks, at most ``max_length``."""
+    found = encoder.tokenizer(list(texts), truncation=True, max_length=max_length, add_special_tokens=True)
+    ids: list[list[int]] = found.input_ids
+    return ids
 
 
 def pad_together(sequences: Sequence[Tensor], pad_to: int = PAD_TO) -> tuple[Tensor, Tensor]:
@@ -65,25 +82,3 @@ def padded_shapes(tokens: int, width: int) -> dict[str, tuple[int, ...]]:
     """The shapes, without the batch, of :func:`pad_together`'s two tensors under the names that denoisers give them."""
     length = -(-tokens // PAD_TO) * PAD_TO
     return {"encoder_hidden_states": (length, width), "encoder_attention_mask": (length,)}
-
-
-def in_batches(
-    encode: Callable[[Sequence[ItemT]], list[dict[str, Tensor]]], texts: Sequence[ItemT], batch_size: int
-) -> list[dict[str, Tensor]]:
-    """``encode`` applied to exactly ``batch_size`` texts, in whatever form, at a time."""
-    batches = (texts[at : at + batch_size] for at in range(0, len(texts), batch_size))
-    return [named for batch in batches for named in encode(_filled(batch, batch_size))[: len(batch)]]
-
-
-def _by_length(lengths: Sequence[int], batch_size: int) -> Iterator[tuple[int, list[int]]]:
-    """Length to pad to and at most ``batch_size`` places of that length."""
-    groups: dict[int, list[int]] = defaultdict(list)
-    for place, length in enumerate(lengths):
-        groups[-(-length // PAD_TO) * PAD_TO].append(place)
-    for length, places in sorted(groups.items()):
-        for at in range(0, len(places), batch_size):
-            yield length, places[at : at + batch_size]
-
-
-def _filled(batch: Sequence[ItemT], size: int) -> list[ItemT]:
-    return [*batch, *[batch[-1]] * (size - len(batch))]

@@ -38,9 +38,6 @@ from kubetuner.threads import limit_threads
 
 logger = logging.getLogger(__name__)
 
-# Texts handed to the family at once, in batches. Its last batch of each length is filled up with copies: of captions of
-# very different lengths, 7 % of the rows are copies then; with 8 batches at once it would be 24 %.
-BATCHES_AT_ONCE = 32
 # A shard is written, and so survives a kill, after this many encoded texts.
 TEXTS_PER_SHARD = 512
 
@@ -159,23 +156,19 @@ def _encode(section: CacheTextSection, store: Store, namespace: str, texts: _Tex
 
         from kubetuner.families import load_family
         from kubetuner.families.loading import default_device
+        from kubetuner.families.text_encoding import encode_all
 
     keep_freed_memory()
     limit_threads()
     device = default_device()
     family = load_family(section.model.family)
     encoders = family.load_text_encoders(section.model, device, section.rounding)
-    dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32
-    at_once = BATCHES_AT_ONCE * section.text_encoder_batch_size
     with (
         Progress("cache_text_embeds", len(missing), "texts") as progress,
         ShardWriter(store, namespace, texts.keys, TEXTS_PER_SHARD) as shards,
         torch.inference_mode(),
     ):
-        for first in range(0, len(missing), at_once):
-            batch = missing[first : first + at_once]
-            encoded = family.encode_texts(encoders, [texts[place] for place in batch], section)
-            for place, tensors in zip(batch, encoded, strict=True):
-                shards.add(texts.keys[place], {name: tensor.to(dtype) for name, tensor in tensors.items()})
-            progress.advance(len(batch))
+        for place, tensors in encode_all(family, encoders, section, missing, texts.__getitem__):
+            shards.add(texts.keys[place], tensors)
+            progress.advance(1)
     return shards.added

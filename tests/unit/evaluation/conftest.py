@@ -9,6 +9,7 @@ from kubetuner.artifacts import LatentRow, ModelArtifact, ValidationImage
 from kubetuner.config.sections.steps import CacheTextSection, EvaluateSection, ModelRef, Prompt
 from kubetuner.evaluation.held_out import HeldOut, HeldOutSample
 from kubetuner.families import load_family
+from kubetuner.families.text_encoding import encode_texts
 from pipelines.recipes.demo.models import build_pipeline, write_pipeline
 
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ def held_out(base: ModelRef) -> HeldOut:
     family = load_family("pixart_sigma")
     encoders = family.load_text_encoders(base, CPU)
     settings = CacheTextSection(model=base, clean_caption=False)
-    null, *texts = family.encode_texts(encoders, ["", "a red ring", "a blue ring on a black background"], settings)
+    null, *texts = encode_texts(family, encoders, ["", "a red ring", "a blue ring on a black background"], settings)
     generator = torch.Generator().manual_seed(0)
     samples = []
     for index, text in enumerate(texts):

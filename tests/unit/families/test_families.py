@@ -16,6 +16,7 @@ from kubetuner.config.sections.objective import ProcessSettings
 from kubetuner.config.sections.steps import CacheTextSection, EvaluateSection, ModelRef
 from kubetuner.errors import ArtifactError, InputError
 from kubetuner.families import Family, load_family
+from kubetuner.families.text_encoding import encode_texts
 
 FAMILIES = ("pixart_sigma", "sdxl", "sana")
 TEXTS = ["a red circle on a white background", "a star", "a blue square and a green triangle on a black background"]
@@ -38,7 +39,7 @@ def _evaluate(ref: ModelRef, **settings: Any) -> EvaluateSection:
 
 def _inputs(family: Family, ref: ModelRef, rows: list[LatentRow]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     cpu = torch.device("cpu")
-    *texts, null = family.encode_texts(family.load_text_encoders(ref, cpu), [*TEXTS, ""], _section(ref))
+    *texts, null = encode_texts(family, family.load_text_encoders(ref, cpu), [*TEXTS, ""], _section(ref))
     shape = family.latent_shape(family.load_vae(ref, cpu), 64, 32)
     latents = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
     process = family.noise_process(ref, ProcessSettings())
@@ -51,7 +52,7 @@ def test_texts_are_the_stock_pipelines(name: str, batch: int, refs: dict[str, Mo
     family, ref = load_family(name), refs[name]
     stock = DiffusionPipeline.from_pretrained(ref.path)
     section = _section(ref, text_encoder_batch_size=batch)
-    ours = family.encode_texts(family.load_text_encoders(ref, cpu), TEXTS, section)
+    ours = encode_texts(family, family.load_text_encoders(ref, cpu), TEXTS, section)
     with torch.no_grad():
         encoded = stock.encode_prompt(TEXTS, do_classifier_free_guidance=False, device=cpu)
     for row, named in enumerate(ours):
@@ -115,7 +116,7 @@ def test_caption_of_one_sample_does_not_touch_another(
     family, ref = load_family(name), refs[name]
     denoiser = family.load_denoiser(ref, cpu, torch.float32)
     long = " ".join(TEXTS * 2)
-    short, longer, null = family.encode_texts(family.load_text_encoders(ref, cpu), ["a star", long, ""], _section(ref))
+    short, longer, null = encode_texts(family, family.load_text_encoders(ref, cpu), ["a star", long, ""], _section(ref))
     noisy = torch.randn(2, *family.latent_shape(family.load_vae(ref, cpu), 64, 32))
     times = torch.tensor([500, 500])
     together = family.predict(denoiser, noisy, times, family.collate([short, longer], null, rows[:2]))

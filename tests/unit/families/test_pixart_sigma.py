@@ -14,6 +14,7 @@ from kubetuner.config.sections.objective import ProcessSettings
 from kubetuner.config.sections.steps import CacheTextSection, ModelRef
 from kubetuner.errors import InputError
 from kubetuner.families.pixart_sigma import PixArtSigma, prepare
+from kubetuner.families.text_encoding import encode_texts
 
 FAMILY = PixArtSigma()
 
@@ -55,7 +56,7 @@ def test_long_texts_are_cut(refs: dict[str, ModelRef], cpu: torch.device) -> Non
     encoders = FAMILY.load_text_encoders(ref, cpu)
     text = "a red circle " * 200
     for asked, kept in ((0, 300), (20, 20), (900, 300)):
-        (named,) = FAMILY.encode_texts(encoders, [text], CacheTextSection(model=ref, max_length=asked))
+        (named,) = encode_texts(FAMILY, encoders, [text], CacheTextSection(model=ref, max_length=asked))
         assert len(named["embeds"]) == kept
 
 

@@ -5,6 +5,7 @@ from diffusers import SanaPipeline
 from kubetuner.config.sections.objective import FlowSchedule, ProcessSettings
 from kubetuner.config.sections.steps import CacheTextSection, ModelRef
 from kubetuner.families.sana import Sana
+from kubetuner.families.text_encoding import encode_texts
 
 FAMILY = Sana()
 INSTRUCTION = "a picture of a drawing with the text\nthe photo in the picture: "
@@ -18,7 +19,7 @@ def test_instruction_lends_context_as_in_the_stock_pipeline(
     ref = refs["sana"]
     texts = ["", " A Red star", "a blue circle on a white background " * 9]
     section = CacheTextSection(model=ref, instruction=instruction, max_length=length)
-    ours = FAMILY.encode_texts(FAMILY.load_text_encoders(ref, cpu), texts, section)
+    ours = encode_texts(FAMILY, FAMILY.load_text_encoders(ref, cpu), texts, section)
     stock = SanaPipeline.from_pretrained(ref.path)
     with torch.no_grad():
         embeds, mask, _, _ = stock.encode_prompt(
@@ -38,7 +39,7 @@ def test_no_keys_and_values_are_kept(refs: dict[str, ModelRef], cpu: torch.devic
     kept: list[object] = []
     encoders.model.register_forward_hook(lambda _model, _inputs, output: kept.append(output.past_key_values))
 
-    FAMILY.encode_texts(encoders, ["a red star"], CacheTextSection(model=refs["sana"]))
+    encode_texts(FAMILY, encoders, ["a red star"], CacheTextSection(model=refs["sana"]))
 
     assert kept == [None]
 

@@ -10,6 +10,7 @@ from kubetuner.config.text_rounding import TextRounding
 from kubetuner.errors import InputError
 from kubetuner.evaluation.compare import compare
 from kubetuner.families import load_family
+from kubetuner.families.text_encoding import encode_texts
 from tests.unit.families.conftest import FAMILIES
 from tests.unit.rounding import hide_libraries, quantised, quiet
 
@@ -26,12 +27,12 @@ def test_embeddings_are_near_the_whole_encoders(
     name: str, precision: str, via: str, refs: dict[str, ModelRef], cpu: torch.device
 ) -> None:
     family, section = load_family(name), CacheTextSection(model=refs[name])
-    whole = family.encode_texts(family.load_text_encoders(refs[name], cpu), TEXTS, section)
+    whole = encode_texts(family, family.load_text_encoders(refs[name], cpu), TEXTS, section)
     for number in range(1, ENCODERS[name] + 1):
         precisions = ["no_change"] * ENCODERS[name]
         precisions[number - 1] = precision
         rounding = TextRounding.model_validate({"precisions": precisions, "via": via})
-        rounded = family.encode_texts(family.load_text_encoders(refs[name], cpu, rounding), TEXTS, section)
+        rounded = encode_texts(family, family.load_text_encoders(refs[name], cpu, rounding), TEXTS, section)
         for expected, got in zip(whole, rounded, strict=True):
             error = (got["embeds"] - expected["embeds"]).norm() / expected["embeds"].norm()
             assert 0 < error < PRECISIONS[precision]

@@ -22,6 +22,7 @@ from kubetuner.config.sections.steps import CacheTextSection, ModelRef
 from kubetuner.data.shards import ShardReader
 from kubetuner.errors import ArtifactError
 from kubetuner.families import load_family
+from kubetuner.families.text_encoding import encode_texts
 from kubetuner.steps import cache_text_embeds as module
 from kubetuner.steps.cache_text_embeds import cache_text_embeds
 from kubetuner.store import Store, resolve_store
@@ -49,7 +50,7 @@ def test_texts_are_what_the_family_encodes(
     made = load_family(bases[family].family)
     encoders = made.load_text_encoders(section.model, torch.device("cpu"))
     for text, tensors in texts.items():
-        (expected,) = made.encode_texts(encoders, [text], section)
+        (expected,) = encode_texts(made, encoders, [text], section)
         assert tensors.keys() == expected.keys() == set(made.facts.text_tensors)
         for name in expected:
             torch.testing.assert_close(tensors[name], expected[name], rtol=0, atol=5e-6)

@@ -26,6 +26,7 @@ from kubetuner.config.sections.adapter import LoraSettings
 from kubetuner.config.sections.steps import CacheTextSection, EvaluateSection, ModelRef, Prompt
 from kubetuner.errors import ArtifactError
 from kubetuner.families import load_family
+from kubetuner.families.text_encoding import encode_texts
 from kubetuner.steps.evaluate import evaluate
 from kubetuner.store import resolve_store
 from pipelines.recipes.demo import models, shapes
@@ -76,7 +77,7 @@ def caches(base: ModelRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> t
         _write_latents(family, vae, tmp_path / "latents1", "rings", pictures[2:]),
     ]
     texts = ["", *(picture.caption for picture in pictures)]
-    embeds = family.encode_texts(family.load_text_encoders(base, CPU), texts, CacheTextSection(model=base))
+    embeds = encode_texts(family, family.load_text_encoders(base, CPU), texts, CacheTextSection(model=base))
     folder = tmp_path / "texts"
     keys = [f"{index:064x}" for index in range(len(texts))]
     entry = resolve_store(folder).write_shard("texts", dict(zip(keys, embeds, strict=True)))
