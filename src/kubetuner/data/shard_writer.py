@@ -12,6 +12,9 @@ from kubetuner.store import Store
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Of 300 tokens of T5-XXL there are a hundred in that. What is gathered, what is written and its bytes are in memory.
+MAX_SHARD_BYTES = 256 << 20
+
 
 class ShardWriter:
     """Gathers samples into shards and writes each on a thread, one at a time; the last on leaving the context.
@@ -23,7 +26,10 @@ class ShardWriter:
         store: Where they go.
         namespace: Of what encodes them.
         keys: Of all samples; each written shard is noted there.
-        size: Samples of a shard. A kill loses no more than two.
+        size: Samples of a shard, if they have no more than :data:`MAX_SHARD_BYTES`. A kill loses no more than two.
+
+    Attributes:
+        added: Samples so far.
     """
 
     def __init__(self, store: Store, namespace: str, keys: Keys, size: int) -> None:
@@ -31,6 +37,7 @@ class ShardWriter:
         self._gathered: dict[str, Mapping[str, Tensor]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kubetuner-shards")
         self._writing: tuple[tuple[str, ...], Future[ShardEntry]] | None = None
+        self._bytes = 0
         self.added = 0
 
     def __enter__(self) -> "ShardWriter":
@@ -44,7 +51,8 @@ class ShardWriter:
         """
         self._gathered[key] = tensors
         self.added += 1
-        if len(self._gathered) >= self._size:
+        self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if len(self._gathered) >= self._size or self._bytes >= MAX_SHARD_BYTES:
             self._write()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -58,7 +66,7 @@ class ShardWriter:
     def _write(self) -> None:
         self._note()
         if self._gathered:
-            samples, self._gathered = self._gathered, {}
+            samples, self._gathered, self._bytes = self._gathered, {}, 0
             self._writing = tuple(samples), self._thread.submit(self._store.write_shard, self._namespace, samples)
 
     def _note(self) -> None:

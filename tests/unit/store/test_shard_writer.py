@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kubetuner.data import shard_writer
 from kubetuner.data.keys import Keys
 from kubetuner.data.shard_writer import ShardWriter
 from kubetuner.data.shards import ShardReader
@@ -45,6 +46,14 @@ def test_every_sample_is_in_a_shard_that_is_noted(tmp_path: Path) -> None:
     assert {key: shard.file for key, shard in Store(tmp_path).known("latents-x").items()} == {
         key: shard.file for key in KEYS if (shard := keys.find(key)) is not None
     }
+
+
+def test_large_samples_make_shards_of_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_writer, "MAX_SHARD_BYTES", 2 * made(0)["latents"].nbytes)
+    keys = Keys(KEYS)
+    write(Store(tmp_path), keys, 7)
+
+    assert sorted(shard.samples for shard in keys.shards()) == [1, 2, 2, 2]
 
 
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
