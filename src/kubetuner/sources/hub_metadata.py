@@ -36,7 +36,7 @@ def folder_rows(
         if base not in _NAMES:
             continue
         for number, row in enumerate(_rows(file, read(file)), 1):
-            wanted = {_FILE_COLUMN: "the picture", **columns}
+            wanted = {_FILE_COLUMN: "the picture's path", **columns}
             if missing := [f"{name!r} ({key})" for name, key in wanted.items() if name not in row]:
                 known, lack = ", ".join(map(str, row)), " and no column ".join(missing)
                 raise DatasetError(f"{file.path}: row {number} has no column {lack}; it has {known}")

@@ -45,8 +45,10 @@ def read_composite(values: Values, where: str, problems: list[Problem]) -> Compo
         return None
     place = f"{where}.{_COMPOSITE}"
     count, index = found.integer("image_count", 0), found.integer("select_index", 0)
-    if "image_count" not in found:
-        _tell(problems, f"{place}.image_count", "is missing; expected how many pictures stand side by side.")
+    if count < 2:
+        got = f"is {count}" if "image_count" in found else "is missing"
+        message = f"{got}; expected how many pictures stand side by side, at least 2 (or enabled false)."
+        _tell(problems, f"{place}.image_count", message)
         return None
     if index >= count:
         message = f"is {index}; expected at most {count - 1}, as the first of image_count {count} is 0."

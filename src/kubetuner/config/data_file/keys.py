@@ -34,6 +34,9 @@ _COMMON: dict[str, Rule] = {
     "skip_file_discovery": Key("str"),
     "compress_cache": Unneeded("bool", reasons.COMPRESSED),
     "hash_filenames": Unneeded("bool", _STORE),
+    "shorten_filenames": Unneeded("bool", _STORE),
+    "video": Foreign(reasons.NO_VIDEO),
+    "audio": Foreign(reasons.NO_VIDEO),
 }
 
 _STORAGE: dict[str, Rule] = {
@@ -55,6 +58,12 @@ _STORAGE: dict[str, Rule] = {
     "image_column": Key("str"),
     "caption_column": Key("str"),
     "num_proc": Unneeded("int", "the number of threads is chosen here"),
+    "streaming": Unneeded("bool", "parquet files are always read one after the other, and need not fit the disk"),
+    "dataset_config": Foreign(reasons.HUB_CONFIG),
+    "data_files": Foreign(reasons.HUB_CONFIG),
+    "width_column": Unneeded("str", "sizes are read from the columns width and height, else from the pictures"),
+    "height_column": Unneeded("str", "sizes are read from the columns width and height, else from the pictures"),
+    "webshart": Foreign(reasons.WEBSHART),
     "auto_load": Unneeded("bool", "datasets are read when a step needs them"),
     "filter_func": Key("json"),
     "composite_image_config": Key("json"),
@@ -98,6 +107,7 @@ _PICTURES: dict[str, Rule] = {
         refused=reasons.WEBSHART_CAPTIONS,
     ),
     "disable_multiline_split": Key("bool"),
+    "caption_file_extensions": Foreign(reasons.CAPTION_FILES),
     "text_embeds": Key("str"),
     "image_embeds": Key("str"),
     "default": Foreign(reasons.NO_DEFAULT, (False,)),
@@ -182,6 +192,7 @@ _ALIASES: dict[str, Alias] = {
     "disable": Alias("disabled"),
     "instance_data_root": Alias("instance_data_dir"),
     "instance_data": Alias("instance_data_dir"),
+    "aws_data_prefix": Alias("instance_data_dir"),
     "is_regularization_data": Alias("is_regularisation_data"),
 }
 
@@ -202,7 +213,7 @@ FILTER_PATH_SCHEMA = Schema(
     rules={"include": Key("texts"), "exclude": Key("texts"), "mode": Key("str", PATH_MATCHES)},
 )
 COMPOSITE_SCHEMA = Schema(
-    rules={"enabled": Key("bool"), "image_count": Key("int", low=2), "select_index": Key("int", low=0)}
+    rules={"enabled": Key("bool"), "image_count": Key("int", low=1), "select_index": Key("int", low=0)}
 )
 CAPTION_TABLE_SCHEMA = Schema(
     rules={

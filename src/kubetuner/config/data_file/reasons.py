@@ -25,6 +25,16 @@ CROP_STYLES = {
         "pictures beforehand, or keep what is around faces with crop false."
     )
 }
+WEBSHART = "It belongs to type webshart, which is refused."
+NO_VIDEO = "It belongs to datasets of films or sound, and the model families of kubetuner learn from pictures alone."
+HUB_CONFIG = (
+    "Which files of a repository are read is said by split and by instance_data_dir, a folder inside the repository; a "
+    "configuration usually is a folder of its name."
+)
+CAPTION_FILES = (
+    "A caption beside a picture is a .txt file; rename others, or put the captions into a table (caption_strategy "
+    "parquet)."
+)
 WEBSHART_CAPTIONS = {"webshart": "it goes with type webshart, which is refused too."}
 
 TEXT_CACHE = (
