@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kubetuner.artifacts import Sample, read_rows
+from kubetuner.artifacts import SAMPLES_FILE, Sample, read_rows
 from kubetuner.config.sections.sources import DatasetSource, DownloadSection
 from kubetuner.errors import ConfigError, DatasetError
 from kubetuner.sources.hub import HubSource
@@ -43,7 +43,7 @@ def entry(given: object, **more: Any) -> dict[str, Any]:
 
 def names_in(plan: Plan, out: Path) -> str:
     download_dataset(plan.sections.download, out)
-    return "".join(sample.id.removeprefix("set/")[0] for sample in read_rows(out, "samples.jsonl", Sample))
+    return "".join(sample.id.removeprefix("set/")[0] for sample in read_rows(out, SAMPLES_FILE, Sample))
 
 
 def problem_of(given: object, cwd: Path) -> tuple[str, str]:
@@ -147,7 +147,7 @@ def test_names_of_rows_do_not_depend_on_the_filter(hub: DatasetHub, proxy: Fault
     hub.repos[NAME].commit({"train.parquet": table(twice)})
     plan = make_plan({**CONFIG, "train_batch_size": 1}, [entry({"path_include": "deep/2.png"})], cwd=tmp_path)
     download_dataset(plan.sections.download, tmp_path / "out")
-    (sample,) = read_rows(tmp_path / "out", "samples.jsonl", Sample)
+    (sample,) = read_rows(tmp_path / "out", SAMPLES_FILE, Sample)
     assert sample.id == "set/train/0001-000000"
 
 
