@@ -82,7 +82,7 @@ class HubSource:
         rows = folder_rows(self._files.values(), columns, self._whole) if columns else {}
         if self._test.columns and not rows:
             wanted = " and ".join(self._test.columns.values())
-            raise FilterError(f"it has no parquet files, metadata.jsonl or metadata.csv with the columns of {wanted}")
+            raise FilterError(f"it has no parquet files of pictures and no metadata file with the columns of {wanted}")
         captions = {name: captions_of(row.get(column)) for name, row in rows.items()} if column else {}
         listing = folder_listing(
             (

@@ -213,7 +213,7 @@ def test_folders_without_columns_say_so(hub: DatasetHub, proxy: FaultyProxy, tmp
     hub.repos[NAME].commit(files)
     assert problem_of({"collection": "a", "min_height": 5}, tmp_path) == (
         "filter_func",
-        "it has no parquet files, metadata.jsonl or metadata.csv with the columns of filter_func.collection and "
+        "it has no parquet files of pictures and no metadata file with the columns of filter_func.collection and "
         "filter_func.min_height.",
     )
     csv = b"file_name,text,collection,width\n0.png,zero,a,400\n1.png,one,a,12\n"
