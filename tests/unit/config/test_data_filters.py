@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from kubetuner.config.load import load
-from kubetuner.config.sections.sources import Composite, DatasetSource, PathFilter, RowFilter
+from kubetuner.config.sections.sources import Composite, DatasetSource, DownloadSection, PathFilter, RowFilter
 from kubetuner.errors import ConfigError
 
 CONFIG = {"model_type": "full", "model_family": "sdxl"}
@@ -80,6 +80,14 @@ def test_a_composite(nested: bool) -> None:
         keys = {"composite_image_config": given}
         wrapped = {"id": "a", "type": "huggingface", "huggingface": {"dataset_name": "a/b", **keys}}
         assert source_of(wrapped if nested else entry(**keys)).composite == composite
+
+
+def test_a_section_comes_back_from_json() -> None:
+    rows = {"collection": ["3", 3], "min_width": 5, "quality_thresholds": {"b": 1, "a": 0.5}, "path_include": "re:x"}
+    tiles = {"enabled": True, "image_count": 3, "select_index": 1}
+    section = load(CONFIG, [entry(True, filter_func=rows, composite_image_config=tiles)]).sections.download
+    assert DownloadSection.from_json(section.to_json()) == section
+    assert section.to_json() != load(CONFIG, [entry(True)]).sections.download.to_json()
 
 
 def test_masks_may_be_filtered_and_tiles() -> None:
