@@ -1,5 +1,6 @@
 """``filter_func`` by name: folders, tables and captions beside them."""
 
+import logging
 import os
 from contextlib import closing
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_the_plan_counts_and_names_what_is_left_out(folder: Path) -> None:
     assert (artifact.num_samples, artifact.skipped) == (3, ())
 
 
-def test_left_out_pictures_may_change_after_the_plan(folder: Path) -> None:
+def test_left_out_pictures_may_change_after_the_plan(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     plan = make_plan(CONFIG, [entry(filter_func={"path_exclude": "drafts/"})], cwd=folder)
     (settings,) = plan.sections.download.datasets
     Image.new("RGB", (64, 64)).save(folder / "pictures/drafts/a_3.png")
@@ -87,7 +88,10 @@ def test_left_out_pictures_may_change_after_the_plan(folder: Path) -> None:
     with closing(open_source(settings)) as source:
         assert source.listing().revision == settings.revision
     Image.new("RGB", (64, 64)).save(folder / "pictures/late.png")
+    caplog.set_level(logging.INFO)
     assert download_dataset(plan.sections.download, folder / "out").num_samples == 4
+    assert "1 file(s) came after the run was planned and are left out: late.png" in caplog.text
+    assert "set: filter_func leaves out 3 by path_exclude (drafts/a_3.png, " in caplog.text
     os.remove(folder / "pictures/a_1.png")
     with pytest.raises(DatasetError, match="has changed after the run was planned"):
         download_dataset(plan.sections.download, folder / "out")
