@@ -14,12 +14,12 @@ from kubetuner.steps.planning.datasets import (
     Measured,
     bucket_problems,
     drawn_per_epoch,
-    filter_remarks,
     measure,
     steps_per_epoch,
     unreadable_problems,
 )
 from kubetuner.steps.planning.epochs import schedule_epochs
+from kubetuner.steps.planning.filtered import filter_remarks
 from kubetuner.steps.planning.machinery import library_problems, store_problems, trainjob_problems
 from kubetuner.steps.planning.masks import PlannedMasks, open_masks
 from kubetuner.steps.planning.memory import Forecast, forecast

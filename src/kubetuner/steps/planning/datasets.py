@@ -15,7 +15,7 @@ from kubetuner.errors import DatasetError, Problem, on_one_line
 from kubetuner.progress import Progress
 from kubetuner.sources.base import HEADER_BYTES, Filtered, Item, ItemError, Listing, Source, named
 from kubetuner.sources.filters import KEY as FILTER_KEY
-from kubetuner.sources.filters import FilterError, describe, nothing_left
+from kubetuner.sources.filters import FilterError, nothing_left
 from kubetuner.sources.subset import subset
 from kubetuner.sources.switch import located, open_source
 from kubetuner.sources.threads import in_threads
@@ -113,7 +113,7 @@ def _measure(source: Source, measured: Measured, problems: list[Problem], masks:
     if masks is not None:
         masks.look(pictures)
     composite = measured.source.composite
-    sizes = in_threads(lambda item: size_of(source, item, composite), pictures, source.readers, "plan")
+    sizes = in_threads(lambda item: sample_size(source, item, composite), pictures, source.readers, "plan")
     targets: dict[Size, Size] = {}
     with Progress(f"plan {measured.id}", len(pictures), "pictures") as progress:
         for item, size in zip(pictures, sizes, strict=True):
@@ -134,38 +134,35 @@ def _measure(source: Source, measured: Measured, problems: list[Problem], masks:
     _check_captions(pictures, listing, measured, problems)
 
 
-def size_of(source: Source, item: Item, composite: Composite | None = None) -> Size | str:
-    """The size of the upright picture, or of its tile, or why it has none."""
+def sample_size(source: Source, item: Item, composite: Composite | None) -> Size | str:
+    """The size of the upright picture, or of the one that is taken out of several, or why it has none."""
     from kubetuner.data.composites import tile_size
     from kubetuner.data.pictures import PictureError
 
+    size = size_of(source, item)
     try:
-        return tile_size(item.pixels or _measured_size(source, item), composite)
-    except (ItemError, PictureError) as error:
+        return size if isinstance(size, str) else tile_size(size, composite)
+    except PictureError as error:
         return error.reason
 
 
-def _measured_size(source: Source, item: Item) -> Size:
+def size_of(source: Source, item: Item) -> Size | str:
+    """The upright picture's size, or why it has none."""
     from kubetuner.data.pictures import PictureError, measure
 
-    header = source.header(item, HEADER_BYTES)
+    if item.pixels:
+        return item.pixels
     try:
-        return measure(header)
-    except PictureError:
-        if len(header) != HEADER_BYTES or len(header) == item.size:
-            raise
-    # Long metadata before the size, or a format that says it at the end.
-    return measure(source.read(item))
-
-
-def filter_remarks(measured: Sequence[Measured]) -> list[str]:
-    """Sentences for the plan's page: what ``filter_func`` leaves out."""
-    return [
-        f"`{one.id}`: {FILTER_KEY} leaves out {sum(each.count for each in one.filtered)} pictures: "
-        f"{describe(one.filtered)}"
-        for one in measured
-        if one.filtered
-    ]
+        header = source.header(item, HEADER_BYTES)
+        try:
+            return measure(header)
+        except PictureError:
+            if len(header) != HEADER_BYTES or len(header) == item.size:
+                raise
+        # Long metadata before the size, or a format that says it at the end.
+        return measure(source.read(item))
+    except (ItemError, PictureError) as error:
+        return error.reason
 
 
 def _uncaptioned(source: Source, measured: Measured, item: Item) -> str:

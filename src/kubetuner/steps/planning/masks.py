@@ -13,7 +13,7 @@ from kubetuner.sources.filters import KEY as FILTER_KEY
 from kubetuner.sources.filters import FilterError, describe, nothing_left
 from kubetuner.sources.switch import located, open_source
 from kubetuner.sources.threads import in_threads
-from kubetuner.steps.planning.datasets import Size, size_of
+from kubetuner.steps.planning.datasets import Size, sample_size
 
 _NAMED = 5
 
@@ -52,7 +52,9 @@ class _Theirs:
             return
         self.unused = pairs.unused
         names, items = list(pairs.masks), list(pairs.masks.values())
-        sizes = in_threads(lambda item: size_of(self.source, item, self.composite), items, self.source.readers, "masks")
+        sizes = in_threads(
+            lambda item: sample_size(self.source, item, self.composite), items, self.source.readers, "masks"
+        )
         self.found = {name: (item.name, size) for name, item, size in zip(names, items, sizes, strict=True)}
 
     def refusal(self, picture: str, size: Size) -> str:
