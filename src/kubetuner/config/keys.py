@@ -4,7 +4,7 @@ A schema gives every known key one of four answers:
 
 * :class:`Key`: it is used; its value is checked here.
 * :class:`Later`: the behaviour does not exist yet; the neutral values, which ask for nothing, are accepted.
-* :class:`Foreign`: it makes no sense here; always refused, with the reason.
+* :class:`Foreign`: it makes no sense here; refused with the reason, but for the neutral values it may have.
 * :class:`Unneeded`: it tunes machinery that does not exist here and cannot change a result; noted for the plan's page.
 
 Names may carry leading dashes, be upper-case (``MODEL_TYPE``) or be an old name. Strings may hold ``{env:VAR}``.
@@ -77,9 +77,15 @@ class Later:
 
 @dataclass(frozen=True)
 class Foreign:
-    """A key of SimpleTuner's that makes no sense here."""
+    """A key of SimpleTuner's that makes no sense here.
+
+    Attributes:
+        reason: Sentences that say why, and what to do instead.
+        neutral: Values that ask for nothing and are accepted, as ``None`` then is; empty where every value is refused.
+    """
 
     reason: str
+    neutral: tuple[str | int | float | bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -206,13 +212,15 @@ def read(mapping: Mapping[str, object], schema: Schema, where: str, problems: li
 
 def _apply(name: str, rule: Rule, raw: object, found: dict[str, Value], notes: list[str]) -> None:
     value, substituted = _expand(raw)
-    if isinstance(rule, Foreign):
+    if isinstance(rule, Foreign) and not rule.neutral:
         raise _RefusedError(f"{rule.reason} Remove the key.")
-    if isinstance(rule, Later):
+    if isinstance(rule, Foreign | Later):
         if value is not None and not any(_same(value, neutral) for neutral in rule.neutral):
             neutral = " or ".join(json.dumps(item) for item in rule.neutral) or "null"
             raise _RefusedError(
-                f"{rule.what} not available yet (got {_show(value)}); remove the key or set it to {neutral}."
+                f"is {_show(value)}: {rule.reason} Remove the key or set it to {neutral}."
+                if isinstance(rule, Foreign)
+                else f"{rule.what} not available yet (got {_show(value)}); remove the key or set it to {neutral}."
             )
         return
     if isinstance(rule, Unneeded):

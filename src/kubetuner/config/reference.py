@@ -88,8 +88,12 @@ def _later() -> str:
 
 
 def _foreign() -> str:
-    rows = [(f"`{name}`", rule.reason) for name, rule in sorted(RUN_SCHEMA.rules.items()) if isinstance(rule, Foreign)]
-    return _table("Refused", "They make no sense here.", ("key", "why"), rows)
+    rows = []
+    for name, rule in sorted(RUN_SCHEMA.rules.items()):
+        if isinstance(rule, Foreign):
+            neutral = ", ".join(f"`{json.dumps(value)}`" for value in rule.neutral) or "nothing"
+            rows.append((f"`{name}`", rule.reason, neutral))
+    return _table("Refused", "They make no sense here.", ("key", "why", "accepted"), rows)
 
 
 def _aliases() -> str:

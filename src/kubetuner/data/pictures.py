@@ -113,6 +113,17 @@ def check_picture(data: bytes) -> PictureInfo:
     return PictureInfo(image.width, image.height, _EXTENSIONS.get(kind, kind))
 
 
+def decode_layers(data: bytes) -> Image.Image:
+    """A picture's bytes as an upright picture: RGB, or RGBA where a part may be transparent.
+
+    Raises:
+        PictureError: They are damaged, too large or no picture.
+    """
+    return _decode(data, None, lambda image: image.convert("RGBA") if image.has_transparency_data else _to_rgb(image))[
+        0
+    ]
+
+
 def decode_mask(data: bytes) -> tuple[Image.Image, str]:
     """A mask's bytes as an upright RGB picture, and the usual file extension of their format.
 

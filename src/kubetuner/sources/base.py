@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import merge
 from itertools import chain
 from pathlib import PurePosixPath
@@ -57,6 +57,21 @@ class PassingError(Exception):
 
 
 @dataclass(frozen=True)
+class Filtered:
+    """Pictures that a dataset's filter leaves out, all for one reason.
+
+    Attributes:
+        reason: What of ``filter_func`` leaves them out.
+        count: How many; at least 1.
+        names: The first few.
+    """
+
+    reason: str
+    count: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Listing:
     """What a source holds.
 
@@ -65,12 +80,14 @@ class Listing:
         texts: Caption files by name.
         revision: Hex digest or commit; equal revisions hold equal files.
         newest: The latest :attr:`Item.modified`.
+        filtered: What the dataset's filter has left out already; most first.
     """
 
     pictures: Items
     texts: Mapping[str, Item]
     revision: str
     newest: int
+    filtered: tuple[Filtered, ...] = ()
 
 
 class Source(Protocol):
@@ -180,7 +197,7 @@ def as_planned(listing: Listing, revision: str, newest: int) -> Listing:
     )
     if kept.revision == revision:
         logger.warning("%d file(s) came after the run was planned and are left out: %s", len(later), named(later))
-        return kept
+        return replace(kept, filtered=listing.filtered)
     written = f"written since: {named(later)}" if later else "no file is newer, so some were removed, moved or renamed"
     raise DatasetError(f"it has changed after the run was planned ({written}); start the run again")
 

@@ -13,8 +13,10 @@ from urllib.parse import quote
 from kubetuner.config.sections.sources import DatasetSource
 from kubetuner.errors import DatasetError
 from kubetuner.sources.base import Item, Listing, PassingError, folder_listing, retrying, verify
-from kubetuner.sources.hub_metadata import folder_captions
+from kubetuner.sources.filters import FilterError, RowTest, filtered_by_name
+from kubetuner.sources.hub_metadata import folder_rows
 from kubetuner.sources.parquet import HubFile, ParquetPictures, split_files
+from kubetuner.sources.table import captions_of
 from kubetuner.sources.web import RefusedError, Web
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class HubSource:
         token = get_token() or ""
         self._api = HfApi(endpoint=self._endpoint, token=token or False)
         self._web = Web(self.readers, token)
+        self._test = RowTest(settings)
         self._files: dict[str, HubFile] = {}
         self._tables: ParquetPictures | None = None
 
@@ -68,16 +71,33 @@ class HubSource:
         self._files = {file.name: file for file in files if file.path.startswith(self._prefix)}
         tables = split_files(list(self._files.values()), self._hub.split)
         if not tables:
-            captions = self._captions()
-            return folder_listing(
-                (
-                    Item(file.name, file.size, self._commit, checksum=file.checksum, captions=captions.get(file.name))
-                    for file in self._files.values()
-                ),
-                self._commit,
-            )
-        self._tables = ParquetPictures(tables, self._hub, self._fetch)
+            return self._folder()
+        self._tables = ParquetPictures(tables, self._hub, self._test, self._fetch)
         return self._tables.listing(self._commit)
+
+    def _folder(self) -> Listing:
+        """The pictures that are files of their own, with what metadata files say of them."""
+        column = self._hub.caption_column
+        columns = self._test.columns | ({column: "caption_column"} if column else {})
+        rows = folder_rows(self._files.values(), columns, self._whole) if columns else {}
+        if self._test.columns and not rows:
+            wanted = " and ".join(self._test.columns.values())
+            raise FilterError(f"it has no parquet files of pictures and no metadata file with the columns of {wanted}")
+        captions = {name: captions_of(row.get(column)) for name, row in rows.items()} if column else {}
+        listing = folder_listing(
+            (
+                Item(file.name, file.size, self._commit, checksum=file.checksum, captions=captions.get(file.name))
+                for file in self._files.values()
+            ),
+            self._commit,
+        )
+        if not self._test.active:
+            return listing
+
+        def refusal(item: Item) -> str:
+            return self._test.refusal([item.name], rows.get(item.name, {}))
+
+        return filtered_by_name(listing, refusal, self._commit)
 
     def read(self, item: Item) -> bytes:
         """See :class:`Source`."""
@@ -102,11 +122,6 @@ class HubSource:
     def _file(self, entry: "RepoFile") -> HubFile:
         checksum = f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git:{entry.blob_id}"
         return HubFile(entry.path.removeprefix(self._prefix), entry.path, entry.size, checksum)
-
-    def _captions(self) -> dict[str, tuple[str, ...]]:
-        if not self._hub.caption_column:
-            return {}
-        return folder_captions(self._files.values(), self._hub.caption_column, self._whole)
 
     def _whole(self, file: HubFile) -> bytes:
         """A file, compared with its checksum."""

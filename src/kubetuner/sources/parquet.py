@@ -1,9 +1,10 @@
 """Pictures inside the parquet files of a hub repository.
 
-Names and captions are read by range, without the pictures. A step that needs every picture takes one file after the
-other: the file is fetched whole, compared with its checksum and kept in a temporary file while its rows are read, so
-a dataset larger than the disk passes through. ``plan`` needs sizes only: it uses the columns ``width`` and ``height``
-where they exist, and otherwise streams the row groups.
+Names, captions and what a filter compares are read by range, without the pictures. A step that needs every picture
+takes one file after the other: the file is fetched whole, compared with its checksum and kept in a temporary file while
+its rows are read, so a dataset larger than the disk passes through; a file of which the filter leaves nothing is not
+fetched. ``plan`` needs sizes only: it uses the columns ``width`` and ``height`` where they exist, and otherwise streams
+the row groups.
 """
 
 import hashlib
@@ -14,16 +15,18 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, TYPE_CHECKING, Any
 
 from kubetuner.config.sections.sources import HubDataset
 from kubetuner.errors import DatasetError
 from kubetuner.sources.base import Item, ItemError, Listing, PassingError, first_line, listing_of, retrying
+from kubetuner.sources.filters import KEY, NAME_COLUMNS, FilterError, RowTest, Tally
 from kubetuner.sources.table import captions_of
 from kubetuner.threads import in_threads
 
 if TYPE_CHECKING:
+    from pyarrow import Schema
     from pyarrow.parquet import ParquetFile
 
 CHUNK_BYTES = 32 << 20
@@ -79,17 +82,45 @@ class _Place:
     row: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What a row says of its picture.
+
+    Attributes:
+        path: The path that the picture holds; empty for none.
+        captions: Of the caption column.
+        pixels: (width, height) where there are such columns.
+        refusal: Why the dataset's filter leaves it out, or nothing.
+    """
+
+    path: str
+    place: _Place
+    captions: tuple[str, ...] | None
+    pixels: tuple[int, int] | None
+    refusal: str
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What is read of every row: ``read`` are columns, or fields of them, ``names`` those that name the picture."""
+
+    read: list[str]
+    names: list[str]
+    sized: bool
+
+
 class ParquetPictures:
     """The rows of ``files`` as pictures; safe to call from several threads.
 
     Args:
         files: The parquet files.
         hub: Names of the columns.
+        test: Which rows are taken in.
         fetch: Reads a range of a file.
     """
 
-    def __init__(self, files: Sequence[HubFile], hub: HubDataset, fetch: Fetch) -> None:
-        self._files, self._hub, self._fetch = files, hub, fetch
+    def __init__(self, files: Sequence[HubFile], hub: HubDataset, test: RowTest, fetch: Fetch) -> None:
+        self._files, self._hub, self._test, self._fetch = files, hub, test, fetch
         self._places: dict[str, _Place] = {}
         self._ranged = _Kept(len(files), self._open_ranged)
         self._whole = _Kept(_FILES_KEPT, self._open_whole)
@@ -100,14 +131,18 @@ class ParquetPictures:
         """One picture a row, in the order of the files; named by the path that the row holds, else by number."""
         found = in_threads(self._rows, range(len(self._files)), _LISTED_AT_ONCE, "parquet")
         rows = [row for each in found for row in each]
-        uses = Counter(path for path, *_ in rows)
-        items = []
-        for path, place, captions, size in rows:
+        uses = Counter(row.path for row in rows)
+        items, tally = [], Tally()
+        for row in rows:
+            place = row.place
             stem = self._files[place.file].name.removesuffix(".parquet")
-            name = path if path and uses[path] == 1 else f"{stem}/{place.group:04d}-{place.row:06d}"
+            name = row.path if row.path and uses[row.path] == 1 else f"{stem}/{place.group:04d}-{place.row:06d}"
+            if row.refusal:
+                tally.add(row.refusal, name)
+                continue
             self._places[name] = place
-            items.append(Item(name, version=commit, captions=captions, pixels=size))
-        return listing_of(items, revision=commit)
+            items.append(Item(name, version=commit, captions=row.captions, pixels=row.pixels))
+        return replace(listing_of(items, revision=commit), filtered=tally.result())
 
     def read(self, item: Item) -> bytes:
         """The picture's bytes, out of a file whose checksum was right."""
@@ -130,35 +165,52 @@ class ParquetPictures:
             raise ItemError(f"column {self._hub.image_column!r} holds no bytes in this row")
         return data
 
-    def _rows(self, index: int) -> list[tuple[str, _Place, tuple[str, ...] | None, tuple[int, int] | None]]:
-        """Path, place, captions and (width, height) of every row of a file, without its pictures."""
-        import pyarrow as pa
-
-        file = self._files[index]
+    def _rows(self, index: int) -> list[_Row]:
+        """What every row of a file says, without its picture."""
+        file, image = self._files[index], self._hub.image_column
         table: ParquetFile = self._ranged.get(index)
-        schema, hub = table.schema_arrow, self._hub
-        wanted = [name for name in (hub.image_column, hub.caption_column) if name]
-        if missing := [repr(name) for name in wanted if name not in schema.names]:
-            known = ", ".join(schema.names)
-            raise DatasetError(f"{file.path} has no column {' and '.join(missing)}; it has {known}")
-        kind = schema.field(hub.image_column).type
-        columns = [hub.caption_column] if hub.caption_column else []
-        has_path = pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
-        columns += [f"{hub.image_column}.path"] if has_path else []
-        sized = all(
-            name in schema.names and pa.types.is_integer(schema.field(name).type) for name in ("width", "height")
-        )
-        columns += ["width", "height"] if sized else []
+        columns = self._columns(file, table.schema_arrow)
         rows = []
         for group in range(table.num_row_groups):
             with _naming(file):
-                cells = table.read_row_group(group, columns=columns).to_pylist() if columns else []
+                cells = table.read_row_group(group, columns=columns.read).to_pylist() if columns.read else []
             cells = cells or [{}] * table.metadata.row_group(group).num_rows
-            for row, cell in enumerate(cells):
-                path = str((cell.get(hub.image_column) or {}).get("path") or "").lstrip("/")
-                size = (cell["width"], cell["height"]) if sized and cell["width"] and cell["height"] else None
-                rows.append((path, _Place(index, group, row), captions_of(cell.get(hub.caption_column)), size))
+            for number, cell in enumerate(cells):
+                path = str((cell.get(image) or {}).get("path") or "").lstrip("/")
+                names = [name for name in (path, *(str(cell[column] or "") for column in columns.names)) if name]
+                try:
+                    refusal = self._test.refusal(names, cell)
+                except FilterError as error:
+                    raise FilterError(f"{file.path}, row {number} of group {group}: {error}") from error
+                size = (cell["width"], cell["height"]) if columns.sized and cell["width"] and cell["height"] else None
+                captions = captions_of(cell.get(self._hub.caption_column))
+                rows.append(_Row(path, _Place(index, group, number), captions, size, refusal))
         return rows
+
+    def _columns(self, file: HubFile, schema: "Schema") -> _Columns:
+        """The columns to read; all that are missing are told at once."""
+        import pyarrow as pa
+
+        hub, test = self._hub, self._test
+        wanted = {hub.image_column: "image_column"}
+        wanted |= {hub.caption_column: "caption_column"} if hub.caption_column else {}
+        wanted |= test.columns
+        if missing := [f"{name!r} ({key})" for name, key in wanted.items() if name not in schema.names]:
+            known = ", ".join(schema.names)
+            raise DatasetError(f"{file.path} has no column {' and no column '.join(missing)}; it has {known}")
+        kind = schema.field(hub.image_column).type
+        has_path = pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
+        names = [name for name in NAME_COLUMNS if test.by_name and name in schema.names]
+        if test.by_name and not has_path and not names:
+            told = " or ".join(NAME_COLUMNS)
+            raise FilterError(f"{file.path}: rows have no names for {KEY} to match, as there is no column {told}")
+        sized = all(
+            name in schema.names and pa.types.is_integer(schema.field(name).type) for name in ("width", "height")
+        )
+        read = [name for name in wanted if name != hub.image_column]
+        read += [f"{hub.image_column}.path"] if has_path else []
+        read += [*names, *(("width", "height") if sized else ())]
+        return _Columns(list(dict.fromkeys(read)), names, sized)
 
     def _read_group(self, files: "_Kept", key: tuple[int, int]) -> list[object]:
         index, group = key

@@ -15,14 +15,18 @@ def open_source(settings: DatasetSource) -> Source:
         DatasetError: A library or credentials are missing, or the address is malformed.
     """
     source = _KINDS[settings.type](settings)
-    if settings.caption_table is None:
-        return source
-    from kubetuner.sources.captioned import Captioned, HoldsTables
+    if settings.caption_table is not None:
+        from kubetuner.sources.captioned import Captioned, HoldsTables
 
-    if not isinstance(source, HoldsTables):
-        source.close()
-        raise DatasetError(f"caption_strategy parquet is not possible with type {settings.type}")
-    return Captioned(source, settings.caption_table)
+        if not isinstance(source, HoldsTables):
+            source.close()
+            raise DatasetError(f"caption_strategy parquet is not possible with type {settings.type}")
+        source = Captioned(source, settings.caption_table)
+    if settings.paths is None or settings.type == "huggingface":  # a hub's rows are filtered by whoever reads them
+        return source
+    from kubetuner.sources.filters import FilteredByName
+
+    return FilteredByName(source, settings.paths)
 
 
 def located(settings: DatasetSource, cwd: Path) -> DatasetSource:

@@ -31,12 +31,14 @@ from kubetuner.artifacts import (
 )
 from kubetuner.config.sections.sources import DatasetSource, DownloadSection
 from kubetuner.data.captions import CaptionError, captions_for
+from kubetuner.data.composites import cut_tile
 from kubetuner.data.pictures import PictureError, check_picture
 from kubetuner.data.rows import Positions
 from kubetuner.digests import canonical_json, sha256_of
 from kubetuner.errors import DatasetError, on_one_line
 from kubetuner.progress import Progress
 from kubetuner.sources.base import PICTURE_EXTENSIONS, Item, ItemError, Listing, Source, as_planned
+from kubetuner.sources.filters import describe, nothing_left
 from kubetuner.sources.items import Items
 from kubetuner.sources.subset import subset
 from kubetuner.sources.switch import open_source
@@ -222,7 +224,11 @@ def _list(section: DownloadSection, stack: ExitStack) -> list[_Origin]:
         except DatasetError as error:
             problems.append(f"dataset {settings.id!r}: {error}")
             continue
-        if not listing.pictures:
+        if listing.filtered:
+            logger.info("%s: filter_func leaves out %s", settings.id, describe(listing.filtered))
+        if nothing := nothing_left(listing, source.place):
+            problems.append(f"dataset {settings.id!r}: filter_func {nothing}")
+        elif not listing.pictures:
             known = " ".join(sorted(PICTURE_EXTENSIONS))
             problems.append(f"dataset {settings.id!r}: no picture in {source.place} (looked for {known})")
         origins.append(_Origin(settings, source, listing, items, theirs))
@@ -258,7 +264,7 @@ def _take(picture: _Picture, folders: _Folders) -> Sample | Skipped:
         origin = picture.origin
         captions = captions_for(origin.settings, picture.item, origin.listing, origin.source)
         _refuse_unprintable(picture, captions)
-        data = origin.source.read(picture.item)
+        data = cut_tile(origin.source.read(picture.item), origin.settings.composite)
         info = check_picture(data)
         mask = take_mask(origin.masks, picture.item, (info.width, info.height)) if origin.masks else None
     except (CaptionError, PictureError, ItemError) as error:

@@ -5,6 +5,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
 from kubetuner.config.sections.sources import MaskKind, MaskSource
+from kubetuner.data.composites import cut_tile
 from kubetuner.data.geometry import Size
 from kubetuner.data.masks import Pairs, check_mask, misfit, pair
 from kubetuner.data.pictures import PictureError
@@ -64,7 +65,7 @@ def take_mask(origin: MaskOrigin, picture: Item, size: Size) -> TakenMask:
     if item is None:
         raise PictureError(f"it has no mask in dataset {dataset!r}")
     try:
-        data = origin.source.read(item)
+        data = cut_tile(origin.source.read(item), origin.settings.source.composite)
         info = check_mask(data, origin.settings.kind)
     except (ItemError, PictureError) as error:
         raise PictureError(f"its mask {dataset}/{on_one_line(item.name)}: {error.reason}") from error

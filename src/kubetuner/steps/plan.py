@@ -19,6 +19,7 @@ from kubetuner.steps.planning.datasets import (
     unreadable_problems,
 )
 from kubetuner.steps.planning.epochs import schedule_epochs
+from kubetuner.steps.planning.filtered import filter_remarks
 from kubetuner.steps.planning.machinery import library_problems, store_problems, trainjob_problems
 from kubetuner.steps.planning.masks import PlannedMasks, open_masks
 from kubetuner.steps.planning.memory import Forecast, forecast
@@ -85,7 +86,8 @@ def make_plan(
     costs = estimate(sections, measured)
     found = forecast(sections, measured) if predict_memory else None
     summary = _summary(sections, measured, epoch, costs, found)
-    remarks = [*raised, *in_steps, *masks.remarks(run.data.masks), *on_demand_remarks(sections, measured)]
+    remarks = [*raised, *in_steps, *filter_remarks(measured), *masks.remarks(run.data.masks)]
+    remarks += on_demand_remarks(sections, measured)
     return Plan(sections, page(run, sections, measured, epoch, costs, remarks, found), summary, run)
 
 
@@ -125,6 +127,7 @@ def _summary(
         "samples_per_epoch": {one.id: drawn_per_epoch(one, train) for one in measured if one.trained_on},
         "samples": {one.id: one.samples for one in measured},
         "skipped": {one.id: len(one.skipped) for one in measured},
+        "filtered": {one.id: sum(each.count for each in one.filtered) for one in measured},
         "buckets": {one.id: {name: len(sizes) for name, sizes in one.buckets.items()} for one in measured},
         "steps_per_epoch": epoch,
         "max_train_steps": train.max_train_steps or train.num_train_epochs * epoch,

@@ -25,7 +25,7 @@ def texts(**more):
     [
         ({"crop": "False"}, "crop", "true or false"),
         ({"crop_style": "middle"}, "crop_style", "'random' or 'center' or 'centre' or 'corner'"),
-        ({"crop_style": "face"}, "crop_style", "not available yet"),
+        ({"crop_style": "face"}, "crop_style", "the plan places every crop by the sizes in the headers alone"),
         ({"crop_aspect": "widest"}, "crop_aspect", "'preserve' or 'closest' or 'random'"),
         ({"crop_aspect": "closest", "crop_aspect_buckets": [1.0]}, "crop_aspect", "set crop to true"),
         ({"crop": True, "crop_aspect": "closest"}, "crop_aspect_buckets", "is missing"),
@@ -46,7 +46,20 @@ def texts(**more):
         ({"minimum_aspect_ratio": 2, "maximum_aspect_ratio": 1}, "minimum_aspect_ratio", "no picture fits"),
         ({"crop": True, "minimum_aspect_ratio": 1.5}, "minimum_aspect_ratio", "leaves out every picture"),
         ({"crop": True, "maximum_aspect_ratio": 0.5}, "maximum_aspect_ratio", "leaves out every picture"),
-        ({"type": "webshart"}, "type", "not available yet"),
+        ({"type": "webshart"}, "type", "make parquet files of them"),
+        ({"type": "memory"}, "type", "nothing outlives the process"),
+        ({"webshart": {}}, "webshart", "belongs to type webshart"),
+        ({"metadata_backend": "webshart"}, "metadata_backend", "goes with type webshart"),
+        ({"caption_strategy": "webshart"}, "caption_strategy", "goes with type webshart"),
+        ({"default": True}, "default", "Only an entry with dataset_type text_embeds can be the default one"),
+        ({"delete_unwanted_images": True}, "delete_unwanted_images", "never deletes a picture of yours"),
+        ({"delete_problematic_images": True}, "delete_problematic_images", "left out and named with the reason"),
+        ({"text_cache_ondemand": True}, "text_cache_ondemand", "Captions are encoded once, before training"),
+        ({"text_cache_disable": True}, "text_cache_disable", "Remove the key or set it to false."),
+        ({"data_files": "x/*.parquet"}, "data_files", "by split and by instance_data_dir"),
+        ({"dataset_config": "small"}, "dataset_config", "a configuration usually is a folder of its name"),
+        ({"caption_file_extensions": [".caption"]}, "caption_file_extensions", "rename others"),
+        ({"video": {}}, "video", "learn from pictures alone"),
         ({"type": "gcs"}, "instance_data_dir", "expected gs://bucket/prefix"),
         ({"instance_data_dir": "gs://b/x"}, "instance_data_dir", "set type to gcs"),
         ({"instance_data_dir": "s3://b/x"}, "instance_data_dir", "set type to aws"),
@@ -65,7 +78,6 @@ def texts(**more):
         ({"type": "csv", "csv_file": "a.csv", "caption_strategy": "textfile"}, "caption_strategy", "no files beside"),
         ({"caption_strategy": "csv"}, "caption_strategy", "needs type csv"),
         ({"type": "huggingface"}, "dataset_name", "expected namespace/name"),
-        ({"type": "huggingface", "dataset_name": "a/b", "filter_func": {}}, "filter_func", "not available yet"),
         (
             {"type": "huggingface", "dataset_name": "a/b", "caption_strategy": "huggingface"},
             "caption_column",
@@ -77,7 +89,10 @@ def texts(**more):
             "huggingface.dataset_name",
             "given twice",
         ),
-        ({"dataset_type": "video"}, "dataset_type", "not available yet"),
+        ({"dataset_type": "video"}, "dataset_type", "learn from pictures alone"),
+        ({"dataset_type": "audio"}, "dataset_type", "learn from pictures alone"),
+        ({"dataset_type": "caption"}, "dataset_type", "named by caption_strategy"),
+        ({"dataset_type": "conditioning_image_embeds"}, "dataset_type", "no family of kubetuner takes"),
         ({"image_embeds": "texts"}, "image_embeds", "names 'texts', but no entry with dataset_type image_embeds"),
         (
             {"caption_strategy": "parquet"},
@@ -228,6 +243,10 @@ def test_aspect_ratios_reach_the_geometry() -> None:
         ({"preserve_data_backend_cache": True}, "preserve_data_backend_cache"),
         ({"hash_filenames": False}, "hash_filenames"),
         ({"write_batch_size": 64}, "write_batch_size"),
+        ({"disable_validation": True}, "disable_validation"),
+        ({"compress_cache": True}, "compress_cache"),
+        ({"scan_for_errors": True}, "scan_for_errors"),
+        ({"override_dataset_config": True}, "override_dataset_config"),
         ({"is_regularisation_data": True}, "is_regularisation_data"),
     ],
 )
@@ -237,6 +256,17 @@ def test_what_has_no_effect_is_noted(entry, key) -> None:
     assert note.startswith(f"multidatabackend.json[0].`{key}`: ")
     plain = {name: value for name, value in entry.items() if ("size" in name and "batch" not in name) or name == "crop"}
     assert run.sections.train == load(CONFIG, [image(**plain)]).sections.train
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["default", "delete_unwanted_images", "delete_problematic_images", "text_cache_ondemand", "text_cache_disable"],
+)
+def test_asking_for_nothing_is_accepted(key) -> None:
+    for value in (False, None):
+        run = load(CONFIG, [image(**{key: value})])
+        assert run.notes == ()
+        assert run.sections == load(CONFIG, [image()]).sections
 
 
 @pytest.mark.parametrize("words", ["", " ", None])

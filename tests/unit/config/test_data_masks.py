@@ -70,11 +70,11 @@ def test_what_pictures_decide_is_noted() -> None:
         ([image(conditioning_data=["m", "n"]), masks()], "[0].conditioning_data", "a picture has one mask"),
         ([image(conditioning_data=None), masks()], "[1]", "is in no dataset's conditioning_data"),
         ([image(), masks(conditioning_type=None)], "[1].conditioning_type", "is missing; expected 'mask'"),
-        ([image(), masks(conditioning_type="controlnet")], "[1].conditioning_type", "not available yet"),
+        ([image(), masks(conditioning_type="controlnet")], "[1].conditioning_type", "no family of kubetuner takes"),
         ([image(conditioning_type="mask"), masks()], "[0].conditioning_type", "entry with dataset_type conditioning"),
         ([image(conditioning=[{"type": "random_masks"}]), masks()], "[0].conditioning", "not made on the fly"),
         ([image(), masks(max_num_samples=3)], "[1].max_num_samples", "chosen by their pictures"),
-        ([image(), masks(type="webshart")], "[1].type", "not available yet"),
+        ([image(), masks(type="webshart")], "[1].type", "make parquet files of them"),
         ([image(), masks(id="a")], "[1].id", "ids must differ"),
         (
             [image(conditioning_data=None), image(id="e", dataset_type="eval"), masks()],

@@ -14,37 +14,16 @@ from PIL import Image
 
 from kubetuner.config.sections.sources import DatasetSource, DownloadSection
 from kubetuner.errors import ConfigError, DatasetError
-from kubetuner.sources import base, parquet
+from kubetuner.sources import parquet
 from kubetuner.sources.base import ItemError
 from kubetuner.sources.hub import HubSource
 from kubetuner.steps.download_dataset import download_dataset
 from kubetuner.steps.plan import make_plan
-from tests.servers.dataset_hub import DatasetHub, DatasetRepo
+from tests.servers.dataset_hub import DatasetHub
 from tests.servers.faults import FaultyProxy
 
 NAME = "alice/rings"
 CONFIG = {"model_type": "full", "model_family": "pixart_sigma", "train_batch_size": 2, "max_train_steps": 10}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[DatasetHub]:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(base, "LONGEST_PAUSE_SECONDS", 0.01)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    with DatasetHub() as hub:
-        hub.repos[NAME] = DatasetRepo()
-        yield hub
-
-
-@pytest.fixture
-def proxy(hub: DatasetHub, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
-    with FaultyProxy(hub.host) as proxy:
-        monkeypatch.setenv("HF_ENDPOINT", proxy.url)
-        yield proxy
-
-
 Open = Callable[..., HubSource]
 
 
@@ -170,7 +149,10 @@ def test_rows_without_names_and_plain_bytes(hub: DatasetHub, opened: Open) -> No
     ("columns", "message"),
     [
         ({"split": "test"}, "no parquet file of split 'test' .there are: train"),
-        ({"image_column": "img", "caption_column": "text"}, "has no column 'img' and 'text'; it has image"),
+        (
+            {"image_column": "img", "caption_column": "text"},
+            r"has no column 'img' \(image_column\) and no column 'text' \(caption_column\); it has image",
+        ),
         ({"revision": "v2"}, "at v2 failed: there is no such dataset or revision"),
         ({"name": "alice/absent"}, "HF_TOKEN"),
     ],
@@ -251,9 +233,13 @@ def test_metadata_files_of_a_folder_hold_captions(hub: DatasetHub, opened: Open)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metadata.jsonl", b'{"file_name": "a.png"}', "row 1 has no column 'text'; it has file_name"),
+        ("metadata.jsonl", b'{"file_name": "a.png"}', "row 1 has no column 'text' .caption_column.; it has file_name"),
         ("metadata.jsonl", b"{", "metadata.jsonl is damaged"),
-        ("metadata.csv", b"name,text\na.png,x", "row 1 has no column 'file_name'; it has name, text"),
+        (
+            "metadata.csv",
+            b"name,text\na.png,x",
+            "row 1 has no column 'file_name' .the picture's path.; it has name, text",
+        ),
     ],
 )
 def test_damaged_metadata_is_named(hub: DatasetHub, opened: Open, name: str, content: bytes, message: str) -> None:

@@ -96,3 +96,16 @@ def test_moving_the_pictures_encodes_nothing(root: Path, monkeypatch: pytest.Mon
         assert (fingerprint, latents.fingerprint, texts.fingerprint) == (
             first[0], first[1].fingerprint, first[2].fingerprint,
         )  # fmt: skip
+
+
+def test_a_filter_of_names_is_the_same_everywhere(root: Path) -> None:
+    found = set()
+    for kind in ADDRESSES:
+        data = entries(kind)
+        for entry in data[:3]:
+            entry["filter_func"] = {"path_exclude": ["0*", "re:3\\.png$"]}
+        plan = make_plan(CONFIG, data, cwd=root)
+        dataset = download_dataset(plan.sections.download, root / kind / "filtered")
+        found.add((dataset.fingerprint, json.dumps([plan.summary["samples"], plan.summary["filtered"]])))
+    ((_, counts),) = found
+    assert json.loads(counts)[1]["dreambooth-subject"] == 2

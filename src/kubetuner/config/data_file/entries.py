@@ -273,7 +273,7 @@ def _note_discovery(values: Values, where: str, seen: _Seen, problems: list[Prob
         message = f"names {', '.join(unknown)}; expected words of {', '.join(_DISCOVERIES)}."
         problems.append(Problem(f"{where}.skip_file_discovery", message))
     elif words:
-        reason = "a folder is listed once, by the plan, and caches are found by content without a scan"
+        reason = "plan and download list a folder once each, and caches are found by content without a scan"
         seen.notes.append(f"{where}.`skip_file_discovery`: {reason}")
 
 

@@ -1,10 +1,10 @@
 """The keys of the entries of ``multidatabackend.json``."""
 
+from kubetuner.config.data_file import reasons
 from kubetuner.config.keys import Alias, Foreign, Key, Later, Rule, Schema, Unneeded, one_of
 
-TYPES = ("local", "gcs", "huggingface", "csv", "aws")
-TYPES_LATER = frozenset({"webshart", "memory"})
-DATASET_TYPES_LATER = frozenset({"conditioning_image_embeds", "video", "audio", "caption"})
+_TYPE = Key("str", one_of("local", "gcs", "huggingface", "csv", "aws"), refused=reasons.TYPES)
+PATH_MATCHES = one_of("auto", "contains", "glob", "regex", "exact")
 _STORE = "caches are artifacts, kept by content in the store"
 _SECRET = (
     "Keys in this file would be written into the pipeline's parameters; put them into the environment of the pods "
@@ -23,21 +23,24 @@ _NO_CAPTIONS = "masks have no captions"
 _COMMON: dict[str, Rule] = {
     "id": Key("str", nullable=False),
     "dataset_type": Key(
-        "str", one_of("image", "eval", "text_embeds", "image_embeds", "conditioning"), later=DATASET_TYPES_LATER
+        "str", one_of("image", "eval", "text_embeds", "image_embeds", "conditioning"), refused=reasons.DATASET_TYPES
     ),
     "disabled": Key("bool"),
     "write_batch_size": Unneeded("int", "shards are written whole"),
     "read_batch_size": Unneeded("int", "pictures are read as they are needed"),
-    "text_cache_ondemand": Later("encoding captions while training is", (False,)),
-    "text_cache_disable": Later("training without cached text embeddings is", (False,)),
+    "text_cache_ondemand": Foreign(reasons.TEXT_CACHE, (False,)),
+    "text_cache_disable": Foreign(reasons.TEXT_CACHE, (False,)),
     "preserve_data_backend_cache": Unneeded("bool", _LISTED_ANEW),
     "skip_file_discovery": Key("str"),
-    "compress_cache": Later("compression of cached tensors is", (False,)),
+    "compress_cache": Unneeded("bool", reasons.COMPRESSED),
     "hash_filenames": Unneeded("bool", _STORE),
+    "shorten_filenames": Unneeded("bool", _STORE),
+    "video": Foreign(reasons.NO_VIDEO),
+    "audio": Foreign(reasons.NO_VIDEO),
 }
 
 _STORAGE: dict[str, Rule] = {
-    "type": Key("str", one_of(*TYPES), later=TYPES_LATER),
+    "type": _TYPE,
     "aws_bucket_name": Key("str"),
     "aws_endpoint_url": Key("str"),
     "aws_region_name": Key("str"),
@@ -55,9 +58,15 @@ _STORAGE: dict[str, Rule] = {
     "image_column": Key("str"),
     "caption_column": Key("str"),
     "num_proc": Unneeded("int", "the number of threads is chosen here"),
+    "streaming": Unneeded("bool", "parquet files are always read one after the other, and need not fit the disk"),
+    "dataset_config": Foreign(reasons.HUB_CONFIG),
+    "data_files": Foreign(reasons.HUB_CONFIG),
+    "width_column": Unneeded("str", "sizes are read from the columns width and height, else from the pictures"),
+    "height_column": Unneeded("str", "sizes are read from the columns width and height, else from the pictures"),
+    "webshart": Foreign(reasons.WEBSHART),
     "auto_load": Unneeded("bool", "datasets are read when a step needs them"),
-    "filter_func": Later("filtering of datasets from the hub is"),
-    "composite_image_config": Later("cutting composite pictures is"),
+    "filter_func": Key("json"),
+    "composite_image_config": Key("json"),
 }
 
 _PICTURES: dict[str, Rule] = {
@@ -65,7 +74,7 @@ _PICTURES: dict[str, Rule] = {
     "caption_strategy": Key(
         "str",
         one_of("filename", "textfile", "instanceprompt", "csv", "huggingface", "parquet"),
-        later=frozenset({"webshart"}),
+        refused=reasons.WEBSHART_CAPTIONS,
     ),
     "instance_prompt": Key("texts"),
     "prepend_instance_prompt": Key("bool"),
@@ -76,7 +85,7 @@ _PICTURES: dict[str, Rule] = {
     "crop_style": Key(
         "str",
         {"random": "random", "center": "center", "centre": "center", "corner": "corner"},
-        later=frozenset({"face"}),
+        refused=reasons.CROP_STYLES,
     ),
     "crop_aspect": Key("str", one_of("square", "preserve", "closest", "random")),
     "crop_aspect_buckets": Key("json"),
@@ -95,13 +104,14 @@ _PICTURES: dict[str, Rule] = {
     "metadata_backend": Key(
         "str",
         {"discovery": "discovery", "json": "discovery", "huggingface": "discovery", "parquet": "parquet"},
-        later=frozenset({"webshart"}),
+        refused=reasons.WEBSHART_CAPTIONS,
     ),
     "disable_multiline_split": Key("bool"),
+    "caption_file_extensions": Foreign(reasons.CAPTION_FILES),
     "text_embeds": Key("str"),
     "image_embeds": Key("str"),
-    "default": Later("a default picture dataset is", (False,)),
-    "disable_validation": Later("switching off checks is", (False,)),
+    "default": Foreign(reasons.NO_DEFAULT, (False,)),
+    "disable_validation": Unneeded("bool", reasons.PROMPTS_ALONE),
     "max_num_samples": Key("int", low=1),
     "train_batch_size": Later("a batch size per dataset is"),
     "start_epoch": Key("int", low=0),
@@ -118,10 +128,10 @@ _PICTURES: dict[str, Rule] = {
     "vae_cache_clear_each_epoch": Key("bool"),
     "vae_cache_disable": Key("bool"),
     "vae_cache_ondemand": Key("bool"),
-    "scan_for_errors": Later("rescanning caches (records are checked as they are read) is", (False,)),
-    "delete_unwanted_images": Later("deleting pictures is", (False,)),
-    "delete_problematic_images": Later("deleting pictures is", (False,)),
-    "override_dataset_config": Later("overriding a stored configuration (none is stored) is", (False, True)),
+    "scan_for_errors": Unneeded("bool", reasons.SCANNED),
+    "delete_unwanted_images": Foreign(reasons.DELETING, (False,)),
+    "delete_problematic_images": Foreign(reasons.DELETING, (False,)),
+    "override_dataset_config": Unneeded("bool", reasons.NOT_STORED),
     "metadata_update_interval": Unneeded("int", "listings are not kept between runs"),
     "disable_vae_cache": Foreign("SimpleTuner has no such key; its name is vae_cache_disable."),
     "cache_dir": Unneeded("str", _STORE),
@@ -129,7 +139,7 @@ _PICTURES: dict[str, Rule] = {
 
 # Of an entry that says where a cache lies.
 _CACHES: dict[str, Rule] = {
-    "type": Key("str", one_of(*TYPES), later=TYPES_LATER),
+    "type": _TYPE,
     "default": Key("bool"),
     "cache_dir": Key("str"),
     **{name: _STORAGE[name] for name in ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")},
@@ -168,13 +178,11 @@ _MASKS: dict[str, Rule] = {
     "instance_prompt": Unneeded("texts", _NO_CAPTIONS),
     **{name: Unneeded("json", _NO_CAPTIONS) for name in ("parquet", "caption_shuffle")},
     "instance_data_dir": Key("str"),
-    "conditioning_type": Key(
-        "str", one_of("mask", "segmentation"), later=frozenset({"controlnet", "reference_strict", "reference_loose"})
-    ),
+    "conditioning_type": Key("str", one_of("mask", "segmentation"), refused=reasons.CONDITIONING_TYPES),
     "conditioning": Foreign(_GENERATED),
     "max_num_samples": Foreign("Masks are chosen by their pictures; the limit belongs to the pictures' entry."),
     **{name: _PICTURES[name] for name in (
-        "metadata_backend", "disable_validation", "scan_for_errors", "delete_unwanted_images",
+        "metadata_backend", "default", "disable_validation", "scan_for_errors", "delete_unwanted_images",
         "delete_problematic_images", "override_dataset_config", "metadata_update_interval", "cache_dir",
         "cache_dir_vae",
     )},
@@ -184,9 +192,29 @@ _ALIASES: dict[str, Alias] = {
     "disable": Alias("disabled"),
     "instance_data_root": Alias("instance_data_dir"),
     "instance_data": Alias("instance_data_dir"),
+    "aws_data_prefix": Alias("instance_data_dir"),
     "is_regularization_data": Alias("is_regularisation_data"),
 }
 
+FILTER_SCHEMA = Schema(
+    rules={
+        "collection": Key("json"),
+        "quality_thresholds": Key("json"),
+        "quality_column": Key("str"),
+        "min_width": Key("int", low=1),
+        "min_height": Key("int", low=1),
+        "path_include": Key("texts"),
+        "path_exclude": Key("texts"),
+        "path_match": Key("str", PATH_MATCHES),
+        "path": Key("json"),
+    }
+)
+FILTER_PATH_SCHEMA = Schema(
+    rules={"include": Key("texts"), "exclude": Key("texts"), "mode": Key("str", PATH_MATCHES)},
+)
+COMPOSITE_SCHEMA = Schema(
+    rules={"enabled": Key("bool"), "image_count": Key("int", low=1), "select_index": Key("int", low=0)}
+)
 CAPTION_TABLE_SCHEMA = Schema(
     rules={
         "path": Key("str"),

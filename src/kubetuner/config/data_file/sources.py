@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 
+from kubetuner.config.data_file.filters import read_composite, read_filter
 from kubetuner.config.keys import Values, plain_name
 from kubetuner.errors import Problem
 
@@ -58,6 +59,8 @@ def read_storage(values: Values, run: Values, where: str, problems: list[Problem
         strategy = kind if own and own in values else "filename"
     _check_strategy(strategy, kind, values, where, problems)
     fields: dict[str, object] = {"type": kind, "caption_strategy": strategy, **values.pick("instance_data_dir")}
+    fields |= read_filter(values, where, problems)
+    fields["composite"] = read_composite(values, where, problems)
     if kind == "csv" and "csv_file" in values:
         fields["table"] = _renamed(
             values, {"csv_file": "file", "csv_url_column": "url_column", "csv_caption_column": "caption_column"}

@@ -159,7 +159,7 @@ DATA_RULES: dict[str, Rule] = {
     "max_skipped_share": Key("float", low=0, high=1),
     "allow_dataset_oversubscription": Key("bool"),
     "preserve_data_backend_cache": Unneeded("bool", "listings are not kept between runs"),
-    "skip_file_discovery": Unneeded("str", "a folder is listed once, by the plan, and caches are found by content"),
+    "skip_file_discovery": Unneeded("str", "plan and download list a folder once each; caches are found by content"),
     "cache_dir": Unneeded("str", "caches are artifacts, kept by content in the store"),
     "cache_dir_vae": Unneeded("str", "caches are artifacts, kept by content in the store"),
     "cache_dir_text": Unneeded("str", "caches are artifacts, kept by content in the store"),

@@ -1,5 +1,6 @@
 """Keys of ``config.json`` that SimpleTuner has and that do nothing here: not available yet, or without meaning."""
 
+from kubetuner.config.data_file import reasons
 from kubetuner.config.keys import Foreign, Later, Rule, Unneeded
 
 LATER_OPTIMIZERS = frozenset(
@@ -35,9 +36,9 @@ LATER: dict[str, Rule] = {
     "t5_padding": Later("zeroed T5 padding is", ("unmodified",)),
     "flow_cubic_schedule_weights": Later("a density through given weights is"),
     "enable_xformers_memory_efficient_attention": Later("this spelling of attention_mechanism 'xformers' is", (False,)),
-    "text_cache_disable": Later("training without cached text embeddings is", (False,)),
-    "text_cache_ondemand": Later("encoding captions while training is", (False,)),
-    "compress_disk_cache": Later("compression of cached tensors is", (False,)),
+    "text_cache_disable": Foreign(reasons.TEXT_CACHE, (False,)),
+    "text_cache_ondemand": Foreign(reasons.TEXT_CACHE, (False,)),
+    "compress_disk_cache": Unneeded("bool", reasons.COMPRESSED),
     "vae_enable_tiling": Later("tiling of the VAE is", (False,)),
     "vae_enable_slicing": Later("slicing of the VAE is", (False,)),
     "validation_preview": Unneeded("bool", _PREVIEW),
@@ -73,10 +74,10 @@ LATER: dict[str, Rule] = {
     "musubi_blocks_to_swap": Later("swapping of blocks is", (0,)),
     "enable_group_offload": Later("offloading is", (False,)),
     "controlnet": Later("ControlNet training is", (False,)),
-    "scan_for_errors": Later("rescanning caches (records are checked as they are read) is", (False,)),
-    "delete_unwanted_images": Later("deleting pictures is", (False,)),
-    "delete_problematic_images": Later("deleting pictures is", (False,)),
-    "override_dataset_config": Later("overriding a stored dataset configuration (none is stored) is", (False, True)),
+    "scan_for_errors": Unneeded("bool", reasons.SCANNED),
+    "delete_unwanted_images": Foreign(reasons.DELETING, (False,)),
+    "delete_problematic_images": Foreign(reasons.DELETING, (False,)),
+    "override_dataset_config": Unneeded("bool", reasons.NOT_STORED),
     "disable_benchmark": Later("drawing the base model's pictures is", (True,)),
     "i_know_what_i_am_doing": Later("switching off checks is", (False,)),
     "set_grads_to_none": Later("keeping gradient buffers is", (True, False)),

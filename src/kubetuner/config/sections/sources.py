@@ -71,6 +71,53 @@ class CaptionTable(Section):
     identifier_includes_extension: bool = False
 
 
+class PathFilter(Section):
+    """Which pictures are taken in, by name (``path_include``, ``path_exclude`` and ``path_match`` of ``filter_func``).
+
+    A pattern is compared with a picture's path below the dataset's root and with its bare name; one match is enough.
+
+    Attributes:
+        include: Names must match one of these; empty for all.
+        exclude: Names must match none of these.
+        match: ``contains``, ``exact``, ``glob`` (the whole name; case counts), ``regex`` (anywhere), or ``auto``: a
+            regular expression after ``re:``, a glob with ``*`` or ``?`` in it, else ``contains``.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    match: Literal["auto", "contains", "glob", "regex", "exact"] = "auto"
+
+
+class RowFilter(Section):
+    """Which rows of a hub dataset are taken in, by their columns (the rest of ``filter_func``).
+
+    Attributes:
+        collection: The column ``collection``, or one of the list in it, must be one of these; ``None`` for any.
+        quality_column: Column that holds an object of numbers.
+        quality_thresholds: Name in that object, and the smallest number allowed.
+        min_width: Smallest value of the column ``width``; 0 for any.
+        min_height: Smallest value of the column ``height``; 0 for any.
+    """
+
+    collection: tuple[str | int, ...] | None = None
+    quality_column: str = "quality_assessment"
+    quality_thresholds: tuple[tuple[str, float], ...] = ()
+    min_width: int = 0
+    min_height: int = 0
+
+
+class Composite(Section):
+    """Pictures that stand side by side in one file (``composite_image_config``); one of them is the sample.
+
+    Attributes:
+        count: ``image_count``: how many, all of one width; at least 2.
+        index: ``select_index``: which, counted from 0 at the left.
+    """
+
+    count: int
+    index: int = 0
+
+
 class DatasetSource(Section):
     """Where one dataset's pictures and captions come from (an entry of the data file).
 
@@ -84,6 +131,9 @@ class DatasetSource(Section):
         hub: With ``huggingface``.
         bucket: With ``aws``.
         caption_table: With ``caption_strategy: parquet``.
+        paths: Which pictures are taken in, by name; ``None`` for all.
+        rows: Which rows of a ``huggingface`` dataset are taken in; ``None`` for all.
+        composite: With pictures that stand side by side; ``None`` where a file is one picture.
         caption_strategy: ``filename``, ``textfile``, ``instanceprompt``, a table beside the pictures (``parquet``), or
             the source's own column: ``csv`` and ``huggingface``, with the type of that name.
         instance_prompt: One or several prompts for ``instanceprompt``, or to prepend.
@@ -104,6 +154,9 @@ class DatasetSource(Section):
     hub: HubDataset | None = None
     bucket: Bucket | None = None
     caption_table: CaptionTable | None = None
+    paths: PathFilter | None = None
+    rows: RowFilter | None = None
+    composite: Composite | None = None
     caption_strategy: Literal["filename", "textfile", "instanceprompt", "csv", "huggingface", "parquet"] = "filename"
     instance_prompt: tuple[str, ...] = ()
     prepend_instance_prompt: bool = False

@@ -9,11 +9,13 @@ from typing import Protocol
 
 from kubetuner.config.data_file.entries import PictureData
 from kubetuner.config.schedule import stages
-from kubetuner.config.sections.sources import DatasetSource
+from kubetuner.config.sections.sources import Composite, DatasetSource
 from kubetuner.config.sections.steps import TrainSection
 from kubetuner.errors import DatasetError, Problem, on_one_line
 from kubetuner.progress import Progress
-from kubetuner.sources.base import HEADER_BYTES, Item, ItemError, Listing, Source, named
+from kubetuner.sources.base import HEADER_BYTES, Filtered, Item, ItemError, Listing, Source, named
+from kubetuner.sources.filters import KEY as FILTER_KEY
+from kubetuner.sources.filters import FilterError, nothing_left
 from kubetuner.sources.subset import subset
 from kubetuner.sources.switch import located, open_source
 from kubetuner.threads import in_threads
@@ -30,6 +32,7 @@ class Measured:
         entry: The entry of the data file.
         source: Its source, with local paths absolute and the revision and newest file of the listing.
         buckets: Target sizes (width, height) of the usable pictures, by bucket.
+        filtered: What ``filter_func`` has left out of the listing.
         skipped: Name and reason of pictures that cannot be used.
         unreadable: Those among them that are no pictures or damaged; the others are left out by limits.
     """
@@ -37,6 +40,7 @@ class Measured:
     entry: PictureData
     source: DatasetSource
     buckets: dict[str, list[Size]] = field(default_factory=dict)
+    filtered: tuple[Filtered, ...] = ()
     skipped: list[tuple[str, str]] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     exists: bool = True
@@ -92,19 +96,24 @@ def _measure(source: Source, measured: Measured, problems: list[Problem], masks:
         listing = source.listing()
     except DatasetError as error:
         measured.exists = False
-        problems.append(Problem(f"{where}.{source.key}", f"{error}."))
+        key = FILTER_KEY if isinstance(error, FilterError) else source.key
+        problems.append(Problem(f"{where}.{key}", f"{error}."))
         return
     pinned = {"revision": listing.revision, "newest": listing.newest}
     measured.source = measured.source.model_copy(update=pinned)
+    measured.filtered = listing.filtered
     if not listing.pictures:
         measured.exists = False
         message = f"{source.place} holds no pictures; put pictures there or correct the path."
-        problems.append(Problem(f"{where}.{source.key}", message))
+        nothing = nothing_left(listing, source.place)
+        key = FILTER_KEY if nothing else source.key
+        problems.append(Problem(f"{where}.{key}", f"{nothing}." if nothing else message))
         return
     pictures = subset(listing.pictures, measured.id, measured.source.max_num_samples)
     if masks is not None:
         masks.look(pictures)
-    sizes = in_threads(lambda item: size_of(source, item), pictures, source.readers, "plan")
+    composite = measured.source.composite
+    sizes = in_threads(lambda item: sample_size(source, item, composite), pictures, source.readers, "plan")
     targets: dict[Size, Size] = {}
     with Progress(f"plan {measured.id}", len(pictures), "pictures") as progress:
         for item, size in zip(pictures, sizes, strict=True):
@@ -123,6 +132,18 @@ def _measure(source: Source, measured: Measured, problems: list[Problem], masks:
                 target = targets.setdefault(placement.target_size, placement.target_size)
                 measured.buckets.setdefault(placement.bucket, []).append(target)
     _check_captions(pictures, listing, measured, problems)
+
+
+def sample_size(source: Source, item: Item, composite: Composite | None) -> Size | str:
+    """The size of the upright picture, or of the one that is taken out of several, or why it has none."""
+    from kubetuner.data.composites import tile_size
+    from kubetuner.data.pictures import PictureError
+
+    size = size_of(source, item)
+    try:
+        return size if isinstance(size, str) else tile_size(size, composite)
+    except PictureError as error:
+        return error.reason
 
 
 def size_of(source: Source, item: Item) -> Size | str:

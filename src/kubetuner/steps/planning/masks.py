@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kubetuner.config.data_file.masks import MaskData
-from kubetuner.config.sections.sources import MaskSource
+from kubetuner.config.sections.sources import Composite, MaskSource
 from kubetuner.errors import DatasetError, Problem, on_one_line
 from kubetuner.sources.base import Item, Listing, Source, named
+from kubetuner.sources.filters import KEY as FILTER_KEY
+from kubetuner.sources.filters import FilterError, describe, nothing_left
 from kubetuner.sources.switch import located, open_source
-from kubetuner.steps.planning.datasets import Size, size_of
+from kubetuner.steps.planning.datasets import Size, sample_size
 from kubetuner.threads import in_threads
 
 _NAMED = 5
@@ -30,6 +32,7 @@ class _Theirs:
 
     source: Source
     listing: Listing
+    composite: Composite | None = None
     found: dict[str, tuple[str, Size | str]] = field(default_factory=dict)
     fitting: int = 0
     resized: int = 0
@@ -49,7 +52,9 @@ class _Theirs:
             return
         self.unused = pairs.unused
         names, items = list(pairs.masks), list(pairs.masks.values())
-        sizes = in_threads(lambda item: size_of(self.source, item), items, self.source.readers, "masks")
+        sizes = in_threads(
+            lambda item: sample_size(self.source, item, self.composite), items, self.source.readers, "masks"
+        )
         self.found = {name: (item.name, size) for name, item, size in zip(names, items, sizes, strict=True)}
 
     def refusal(self, picture: str, size: Size) -> str:
@@ -114,6 +119,8 @@ class PlannedMasks:
             text = f"`{entry.id}` ({entry.masks.kind}): masks for all {masks.fitting} pictures of `{dataset}`"
             if masks.resized:
                 text += f"; {masks.resized} of another size are resized with their pictures"
+            if masks.listing.filtered:
+                text += f"; {FILTER_KEY} leaves out {describe(masks.listing.filtered)}"
             if masks.unused:
                 text += f"; {len(masks.unused)} without a picture are left out: {on_one_line(named(masks.unused))}"
             found.append(text)
@@ -131,14 +138,18 @@ def open_masks(entries: Sequence[MaskData], cwd: Path, stack: ExitStack, problem
             place = f"{entry.where}.{source.key}"
             listing = source.listing()
         except DatasetError as error:
+            place = f"{entry.where}.{FILTER_KEY}" if isinstance(error, FilterError) else place
             problems.append(Problem(place, f"{error}."))
+            continue
+        if nothing := nothing_left(listing, source.place):
+            problems.append(Problem(f"{entry.where}.{FILTER_KEY}", f"{nothing}."))
             continue
         if not listing.pictures:
             problems.append(Problem(place, f"{source.place} holds no masks; put them there or correct the path."))
             continue
         pinned = settings.model_copy(update={"revision": listing.revision, "newest": listing.newest})
         planned.sources.append(entry.masks.model_copy(update={"source": pinned}))
-        planned.theirs |= {dataset: _Theirs(source, listing) for dataset in entry.masks.of}
+        planned.theirs |= {dataset: _Theirs(source, listing, settings.composite) for dataset in entry.masks.of}
     return planned
 
 
