@@ -31,6 +31,17 @@ def test_batches_steps_and_shares_are_counted_by_each_datasets_size(tmp_path: Pa
     assert '"train_batch_size":4' in plan.sections.push.training
 
 
+def test_the_page_says_where_noise_levels_are_drawn_otherwise(tmp_path: Path) -> None:
+    pictures(tmp_path / "a", *[SQUARE] * 2)
+    config = {**CONFIG, "model_family": "sana", "flow_sigmoid_scale": 0.5}
+    data = [entry(timestep_sampling_offset=2), entry("b", instance_data_dir="a")]
+    page = make_plan(config, data, cwd=tmp_path).markdown
+    assert "- `a`: half of its noise levels are above sigma 0.73 before the shift" in page
+    assert "- `b`" not in page
+    refused = message({**CONFIG, "model_family": "sdxl"}, data, tmp_path)
+    assert "multidatabackend.json[0].timestep_sampling_offset: has no effect with model_family sdxl" in refused
+
+
 def test_a_bucket_is_left_out_by_its_own_datasets_size(tmp_path: Path) -> None:
     pictures(tmp_path / "a", *[SQUARE] * 4, *[WIDE] * 3)
     data = [entry(train_batch_size=4), entry("b", instance_data_dir="a")]
