@@ -8,8 +8,8 @@ from kubetuner.config.sections.steps import TrainSection
 def level_remarks(train: TrainSection) -> list[str]:
     """One line for each dataset with a ``timestep_sampling_offset``."""
     return [
-        f"`{dataset.id}`: half of its noise levels are above sigma {_median(train, offset):.2f} before the shift, those "
-        f"of a dataset without an offset above 0.50 (timestep_sampling_offset {offset:g})"
+        f"`{dataset.id}`: half of its noise levels are above sigma {_median(train, offset):.2f} before the shift, "
+        f"those of a dataset without an offset above 0.50 (timestep_sampling_offset {offset:g})"
         for dataset in train.datasets
         if (offset := dataset.timestep_sampling_offset)
     ]
