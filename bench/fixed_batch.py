@@ -16,6 +16,7 @@ class FixedBatch:
     rows: Sequence[LatentRow]
     latents: Tensor
     texts: Sequence[Named]
+    before: int = 0
     masks: Tensor | None = None
 
 

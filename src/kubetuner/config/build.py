@@ -9,6 +9,7 @@ from kubetuner.config.attention import HALF_ONLY, WITHOUT_MASKS
 from kubetuner.config.build_objective import ObjectiveReader
 from kubetuner.config.compilation import read_compilation
 from kubetuner.config.data_file.entries import Data
+from kubetuner.config.data_file.sampling import offset_fault
 from kubetuner.config.keys import Values
 from kubetuner.config.models import OUTLINES, FamilyOutline
 from kubetuner.config.optimizers import OPTIMIZERS, OptimizerName, plain_settings, read_options
@@ -228,6 +229,10 @@ def _train(base: Base, data: Data, where: str, cwd: Path, problems: list[Problem
     _check_machinery(train, where, problems)
     check_fsdp(train, where, problems)
     _check_stages(train, data, problems)
+    for entry in data.of("image"):
+        flow = base.flow if base.outline.flow else None
+        if fault := offset_fault(entry.sampling.timestep_sampling_offset, base.family, flow):
+            problems.append(Problem(f"{entry.where}.timestep_sampling_offset", fault))
     if train.masked_loss_probability < 1 and not data.masks:
         message = "has no effect without masks: give a dataset conditioning_data, or remove it."
         problems.append(Problem(f"{where}.masked_loss_probability", message))

@@ -122,6 +122,7 @@ def load(
             *(f"{config_name}.{note}" for note in (*values.notes, *_one_mask(values))),
             *entries.notes,
             *_never_drawn(entries, sections),
+            *_not_scaled_by(values, entries, sections, config_name),
         ),
         report_to=values.text("report_to"),
         tracker_project_name=values.text("tracker_project_name"),
@@ -144,6 +145,20 @@ def _never_drawn(data: Data, sections: Sections) -> list[str]:
         for entry in data.of("image")
         if steps and entry.sampling.start_step > steps
     ]
+
+
+def _not_scaled_by(values: Values, data: Data, sections: Sections, where: str) -> list[str]:
+    """With ``lr_scale``, batch sizes that the learning rate does not follow: SimpleTuner's does not either."""
+    size = sections.train.train_batch_size
+    others = {
+        entry.source.id: entry.sampling.train_batch_size
+        for entry in data.of("image")
+        if entry.sampling.train_batch_size not in (None, size)
+    }
+    if not others or not values.flag("lr_scale"):
+        return []
+    named = ", ".join(f"{other} of {name!r}" for name, other in others.items())
+    return [f"{where}.`lr_scale`: the rate follows {where}'s train_batch_size {size}; {named} has no effect on it"]
 
 
 def _data_file(values: Values, cwd: Path, where: str, problems: list[Problem]) -> tuple[Sequence[object] | None, str]:

@@ -32,7 +32,7 @@ class EpsilonProcess:
     bias: TimestepBias = TimestepBias()
     scoring: LossSettings = LossSettings()
 
-    def draw_levels(self, shape: Sequence[int], generator: Generator, turn: int = 0) -> Tensor:
+    def draw_levels(self, shape: Sequence[int], generator: Generator, before: int = 0) -> Tensor:
         """Timesteps int64 ``[B]``; segmented ones walk from the noisiest segment down."""
         steps, batch_size = len(self.alphas_cumprod), shape[0]
         uniform = torch.rand(batch_size, generator=generator, dtype=torch.float64)

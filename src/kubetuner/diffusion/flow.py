@@ -45,20 +45,22 @@ class FlowProcess:
     """Noises with ``(1 - sigma) * x + sigma * noise``; the target is ``noise - x``.
 
     Attributes:
-        schedule: The density of the sigmas and their shift: ``logit_normal`` draws sigma = sigmoid(scale * normal),
-            ``uniform`` draws it evenly in 0..1, ``beta`` from Beta(alpha, beta).
+        schedule: The density of the sigmas and their shift: ``logit_normal`` draws sigma =
+            sigmoid(scale * (normal + offset)), ``uniform`` draws it evenly in 0..1, ``beta`` from Beta(alpha, beta).
         auto: Takes the place of ``schedule.shift``.
         scoring: The loss; levels have no SNR weights.
+        offset: ``timestep_sampling_offset`` of ``logit_normal``, which no other density has a use for.
     """
 
     schedule: FlowSchedule = FlowSchedule()
     auto: AutoShift | None = None
     scoring: LossSettings = LossSettings()
+    offset: float = 0.0
 
-    def draw_levels(self, shape: Sequence[int], generator: Generator, turn: int = 0) -> Tensor:
+    def draw_levels(self, shape: Sequence[int], generator: Generator, before: int = 0) -> Tensor:
         """Sigmas float32 ``[B]``."""
         if self.schedule.sigmas:
-            return self._of_list(shape[0], generator, turn)
+            return self._of_list(shape[0], generator, before)
         shift = self.schedule.shift if self.auto is None else self.auto.shift(shape[-2], shape[-1])
         sigmas = self._draw(shape[0], generator)
         return sigmas if shift <= 0 else shift * sigmas / (1 + (shift - 1) * sigmas)
@@ -109,10 +111,10 @@ class FlowProcess:
         """
         return levels + steps.to(levels.dtype) / _TIMESTEPS
 
-    def _of_list(self, count: int, generator: Generator, turn: int) -> Tensor:
+    def _of_list(self, count: int, generator: Generator, before: int) -> Tensor:
         sigmas = torch.tensor(self.schedule.sigmas)
         if self.schedule.in_turn:
-            return sigmas[(turn * count + torch.arange(count)) % len(sigmas)]
+            return sigmas[(before + torch.arange(count)) % len(sigmas)]
         return sigmas[torch.randint(len(sigmas), (count,), generator=generator)]
 
     def _draw(self, count: int, generator: Generator) -> Tensor:
@@ -120,7 +122,8 @@ class FlowProcess:
             case "uniform":
                 return torch.rand(count, generator=generator)
             case "logit_normal":
-                return torch.sigmoid(self.schedule.sigmoid_scale * torch.randn(count, generator=generator))
+                normal = torch.randn(count, generator=generator) + self.offset
+                return torch.sigmoid(self.schedule.sigmoid_scale * normal)
             case "beta":  # torch draws from it with its global generator only.
                 seed = int(torch.randint(2**62, (), generator=generator))
                 drawn = np.random.default_rng(seed).beta(self.schedule.beta_alpha, self.schedule.beta_beta, count)

@@ -41,10 +41,10 @@ class NoisySample:
 class NoiseProcess(Protocol):
     """How latents are noised, what is predicted, and how predictions are scored."""
 
-    def draw_levels(self, shape: Sequence[int], generator: Generator, turn: int = 0) -> Tensor:
+    def draw_levels(self, shape: Sequence[int], generator: Generator, before: int = 0) -> Tensor:
         """Draw one noise level per sample of latents ``[B, C, h, w]``: timesteps (epsilon) or sigmas (flow), on CPU.
 
-        ``turn`` counts the micro-steps before this one, for levels that are taken one after the other.
+        ``before`` counts the samples of the run before these, for levels that are taken one after the other.
         """
         ...
 

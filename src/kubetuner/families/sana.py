@@ -110,11 +110,11 @@ class Sana(Adapters):
     def noise_process(self, ref: ModelRef, settings: ProcessSettings) -> FlowProcess:
         """Flow matching with the density and shift of ``settings.flow``; segments and bias do not apply."""
         if not settings.flow.auto_shift:
-            return FlowProcess(settings.flow, scoring=settings.loss)
+            return FlowProcess(settings.flow, scoring=settings.loss, offset=settings.offset)
         from diffusers import SanaTransformer2DModel
 
         patch = loading.load_config(SanaTransformer2DModel, ref, self.facts.denoiser)["patch_size"]
-        return FlowProcess(settings.flow, noise.auto_shift(ref, patch), settings.loss)
+        return FlowProcess(settings.flow, noise.auto_shift(ref, patch), settings.loss, settings.offset)
 
     def collate(
         self, texts: Sequence[Named | None], null: Named, rows: Sequence[LatentRow], pad_to: int = PAD_TO

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import Literal
+from typing import Any, Literal
 
 from kubetuner.artifacts import EvaluationArtifact, ModelArtifact, ValidationImage
 from kubetuner.config.sections.adapter import LoraSettings
@@ -154,18 +154,41 @@ def _training(section: PushSection, model: ModelArtifact) -> list[tuple[str, str
             f"{model.first_loss:.4f} over the first tenth of the steps, {model.last_loss:.4f} over the last",
         )
     )
-    rows += _chosen(settings, _TRAINING) + _chosen(section.model.scheduler.settings(), _SCHEDULER)
+    sizes, datasets = _batch_sizes(settings), _datasets(settings)
+    rows += _chosen(settings | {"train_batch_size": sizes}, _TRAINING)
+    rows += _chosen(section.model.scheduler.settings(), _SCHEDULER)
     rows += _groups(settings)
     if model.num_processes > 1:
         rows.append(("Processes", str(model.num_processes)))
-    micro, accumulated = settings.get("train_batch_size"), settings.get("gradient_accumulation_steps")
-    if isinstance(micro, int) and isinstance(accumulated, int):
-        rows.append(("Effective batch size", str(micro * accumulated * model.num_processes)))
+    accumulated = settings.get("gradient_accumulation_steps")
+    if sizes and isinstance(accumulated, int):
+        effective = [size * accumulated * model.num_processes for size in (sizes[0], sizes[-1])]
+        rows.append(("Effective batch size", " to ".join(str(size) for size in dict.fromkeys(effective))))
     if isinstance(settings.get("lora"), dict):
         rows += _adapter(settings["lora"])
-    datasets = [entry for entry in settings.get("datasets", ()) if isinstance(entry, dict)]
-    rows += [(f"Dataset {entry.get('id')}", f"{entry.get('repeats', 0)} repeats") for entry in datasets]
+    rows += [(f"Dataset {entry.get('id')}", _dataset(entry)) for entry in datasets]
     return rows
+
+
+def _datasets(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [entry for entry in settings.get("datasets", ()) if isinstance(entry, dict)]
+
+
+def _batch_sizes(settings: Mapping[str, Any]) -> list[int]:
+    """The different sizes of batches, ascending; none where the settings do not say."""
+    usual = settings.get("train_batch_size")
+    found = {entry.get("train_batch_size") or usual for entry in _datasets(settings)} or {usual}
+    return sorted(size for size in found if isinstance(size, int))
+
+
+def _dataset(entry: Mapping[str, object]) -> str:
+    """How often a dataset was seen, and what it has of its own."""
+    said = [f"{entry.get('repeats', 0)} repeats"]
+    if size := entry.get("train_batch_size"):
+        said.append(f"micro batch size {size}")
+    if offset := entry.get("timestep_sampling_offset"):
+        said.append(f"timestep sampling offset {offset}")
+    return ", ".join(said)
 
 
 def _adapter(settings: Mapping[str, object]) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from kubetuner.steps.planning.datasets import (
 )
 from kubetuner.steps.planning.epochs import schedule_epochs
 from kubetuner.steps.planning.filtered import filter_remarks
+from kubetuner.steps.planning.levels import level_remarks
 from kubetuner.steps.planning.machinery import library_problems, store_problems, trainjob_problems
 from kubetuner.steps.planning.masks import PlannedMasks, open_masks
 from kubetuner.steps.planning.memory import Forecast, forecast
@@ -86,7 +87,7 @@ def make_plan(
     costs = estimate(sections, measured)
     found = forecast(sections, measured) if predict_memory else None
     summary = _summary(sections, measured, epoch, costs, found)
-    remarks = [*raised, *in_steps, *filter_remarks(measured), *masks.remarks(run.data.masks)]
+    remarks = [*raised, *in_steps, *level_remarks(train), *filter_remarks(measured), *masks.remarks(run.data.masks)]
     remarks += on_demand_remarks(sections, measured)
     return Plan(sections, page(run, sections, measured, epoch, costs, remarks, found), summary, run)
 

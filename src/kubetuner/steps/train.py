@@ -48,6 +48,7 @@ _TRACKED_PARAMS = (
     "gradient_accumulation_steps", "mixed_precision", "base_model_precision", "optimizer", "learning_rate",
     "lr_scheduler", "lr_warmup_steps", "max_grad_norm", "grad_clip_method", "caption_dropout_probability", "seed",
 )  # fmt: skip
+_TRACKED_OF_DATASETS = ("train_batch_size", "timestep_sampling_offset")
 _TRACKED_GROUPS = ("loss", "noise", "timestep_bias", "flow", "rollout", "ema", "fsdp", "compilation")
 
 
@@ -257,7 +258,11 @@ def _job(section: TrainSection, inputs: Inputs, processes: "Processes", maker: "
             regularising=regularising,
             masked=section.masked_loss_probability,
             rollout=section.rollout,
-            micro_steps=section.gradient_accumulation_steps * processes.count,
+            drawing={
+                one.id: family.noise_process(section.model, section.process(one))
+                for one in section.datasets
+                if one.timestep_sampling_offset
+            },
             pad_text_to=PAD_TO if section.compilation is None else PAD_TO_COMPILED,
             whole_batches=section.compilation is not None,
         ),
@@ -325,6 +330,9 @@ def _params(section: TrainSection, processes: int) -> dict[str, str]:
     values = section.model_dump(mode="json", include=set(_TRACKED_PARAMS))
     values |= {"model_family": section.model.family, "base_model": section.model.path}
     values |= {"num_train_processes": processes}
+    for name in _TRACKED_OF_DATASETS:
+        own = [f"{one.id} {getattr(one, name)}" for one in section.datasets if getattr(one, name)]
+        values |= {f"dataset_{name}": ", ".join(own)} if own else {}
     for group in _TRACKED_GROUPS:
         chosen = getattr(section, group)
         if chosen is not None and chosen != TrainSection.model_fields[group].default:

@@ -184,16 +184,18 @@ def _run_backwards(job: Job, learner: _Learner, feed: Feed, step: int, graphs: G
         samples.extend(question.samples)
         regularising.extend([question.regularising] * len(question.samples))
         losses.append(loss.detach())
-    size = clip_gradients(section, list(learner.parameters.values()))
-    everyones = processes.gathered(torch.cat(losses))
+    gradient = clip_gradients(section, list(learner.parameters.values()))
+    sizes = processes.sizes([len(loss) for loss in losses])
+    everyones = processes.gathered(torch.cat(losses), sizes)
     return TakenStep(
         number=step + 1,
         learning_rate=learning_rate(section, step, job.total_steps),
         epoch=job.epochs((step + 1) * len(micro_steps) * processes.count),
         samples=tuple(samples),
         losses=everyones,
-        gradient=size,
-        regularising=processes.all_of(regularising) if job.objective.regularising else (False,) * len(everyones),
+        sizes=sizes,
+        gradient=gradient,
+        regularising=processes.all_of(regularising, sizes) if job.objective.regularising else (False,) * sum(sizes),
     )
 
 

@@ -72,7 +72,8 @@ class Meter:
         reading, self._pending = self._pending, None
         taken, (*losses, gradient) = reading.taken, reading.numbers()
         self._guard.require_finite(taken, losses, gradient)
-        loss = sum(losses) / len(losses)
+        shares = taken.shares()
+        loss = _mean(losses, shares)
         self._progress.advance(note=f"loss {loss:.4f}, lr {taken.learning_rate:.2e}")
         if taken.number % self._interval == 0 or not self.points:
             self.points.append(LossPoint(step=taken.number, loss=loss, lr=taken.learning_rate))
@@ -81,7 +82,12 @@ class Meter:
                 values["rollout_probability"] = probability(self._rollout, taken.number - 1)
             if self._ema is not None:
                 values["ema_decay_value"] = decay_after(self._ema, taken.number)
-            parents = [loss for loss, regularising in zip(losses, taken.regularising, strict=True) if regularising]
-            if parents:
-                values["regularisation_loss"] = sum(parents) / len(parents)
+            if any(taken.regularising):
+                kept = [share * regularising for share, regularising in zip(shares, taken.regularising, strict=True)]
+                values["regularisation_loss"] = _mean(losses, kept)
             self._log({**values, self._gradient_name: gradient}, taken.number)
+
+
+def _mean(losses: Sequence[float], shares: Sequence[float]) -> float:
+    """The mean of what has a share."""
+    return sum(loss * share for loss, share in zip(losses, shares, strict=True) if share) / sum(shares)

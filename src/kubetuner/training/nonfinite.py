@@ -84,7 +84,7 @@ class Guard:
 
     def _named(self, taken: TakenStep) -> TakenStep:
         """The step with the names of all processes' samples, in the order of its losses."""
-        return replace(taken, samples=self._processes.all_of(taken.samples))
+        return replace(taken, samples=self._processes.all_of(taken.samples, taken.sizes))
 
     def _keep(self, taken: TakenStep, losses: Sequence[float], gradient: float) -> Path:
         """Write the noised batch of every micro-step and the seeds; with a checkpoint they are the step again."""

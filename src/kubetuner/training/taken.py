@@ -15,6 +15,7 @@ class TakenStep:
         number: 1 for the first step.
         samples: Names of this process's samples.
         losses: Loss per sample over the micro-steps of all processes.
+        sizes: Samples of each of those micro-steps.
         gradient: Size of the gradient before clipping.
         regularising: Per sample, whether its target was the base model's prediction.
     """
@@ -24,8 +25,17 @@ class TakenStep:
     epoch: float
     samples: tuple[str, ...]
     losses: Tensor
+    sizes: tuple[int, ...]
     gradient: Tensor
     regularising: tuple[bool, ...]
+
+    def shares(self) -> list[float]:
+        """How much each sample counts where all batches count the same, large or small, as they do in the gradient.
+
+        1 on average, and for every sample where all batches are of one size.
+        """
+        total = sum(self.sizes)
+        return [total / (len(self.sizes) * size) for size in self.sizes for _ in range(size)]
 
 
 def what_is_not_finite(taken: TakenStep, losses: Sequence[float], gradient: float) -> str:

@@ -6,6 +6,8 @@ import torch
 from kubetuner.config.sections.objective import FlowSchedule
 from kubetuner.diffusion.flow import AutoShift, FlowProcess
 
+CLOSE = {"rtol": 0, "atol": 1e-3}  # Float32's steps near 1, seen through a logit.
+
 
 def test_a_list_of_sigmas_is_drawn_from_and_not_shifted() -> None:
     process = FlowProcess(FlowSchedule(sigmas=(0.25, 0.5, 1.0), shift=3.0))
@@ -16,7 +18,7 @@ def test_a_list_of_sigmas_is_drawn_from_and_not_shifted() -> None:
 
 def test_a_list_in_turn_goes_on_where_the_micro_step_before_stopped() -> None:
     process = FlowProcess(FlowSchedule(sigmas=(0.1, 0.2, 0.3), in_turn=True))
-    drawn = [process.draw_levels((2, 4, 8, 8), torch.Generator(), turn).tolist() for turn in range(3)]
+    drawn = [process.draw_levels((2, 4, 8, 8), torch.Generator(), 2 * turn).tolist() for turn in range(3)]
     torch.testing.assert_close(drawn, [[0.1, 0.2], [0.3, 0.1], [0.2, 0.3]])
 
 
@@ -50,8 +52,29 @@ def test_sigmoid_scale_narrows_the_density() -> None:
     assert spread(0.1) < spread(1.0) / 4
 
 
+@pytest.mark.parametrize(("offset", "scale"), [(1.0, 1.0), (-2.0, 0.5)])
+def test_an_offset_moves_the_normal_values_before_they_are_scaled(offset: float, scale: float) -> None:
+    schedule = FlowSchedule(sigmoid_scale=scale, shift=1.0)
+    plain, moved = (
+        FlowProcess(schedule, offset=one).draw_levels((20_001, 4, 8, 8), torch.Generator().manual_seed(0))
+        for one in (0.0, offset)
+    )
+    torch.testing.assert_close(torch.logit(moved.double()), torch.logit(plain.double()) + scale * offset, **CLOSE)
+    assert moved.median().item() == pytest.approx(1 / (1 + math.exp(-scale * offset)), abs=0.01)
+
+
+def test_the_shift_comes_after_the_offset_and_no_other_density_has_one() -> None:
+    def median(**settings: object) -> float:
+        process = FlowProcess(FlowSchedule.model_validate(settings), offset=1.0)
+        return process.draw_levels((20_001, 4, 8, 8), torch.Generator().manual_seed(0)).median().item()
+
+    sigma = 1 / (1 + math.exp(-1.0))
+    assert median(shift=3.0) == pytest.approx(3 * sigma / (1 + 2 * sigma), abs=0.01)
+    assert median(density="uniform", shift=1.0) == pytest.approx(0.5, abs=0.01)
+
+
 def test_eval_levels_are_bin_middles_and_not_shifted() -> None:
-    assert FlowProcess().eval_levels(4).tolist() == [0.125, 0.375, 0.625, 0.875]
+    assert FlowProcess(offset=2.0).eval_levels(4).tolist() == [0.125, 0.375, 0.625, 0.875]
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(2.0, 2.0), (3.0, 1.0)])

@@ -6,7 +6,7 @@ from kubetuner.config.sections.objective import (
     RolloutSettings,
     SchedulerChange,
 )
-from kubetuner.config.sections.steps import ModelRef, PushSection, TrainSection
+from kubetuner.config.sections.steps import DatasetSampling, ModelRef, PushSection, TrainSection
 from kubetuner.families import load_family
 from kubetuner.publishing.model_card import Usage, render_card
 
@@ -41,6 +41,22 @@ def test_the_card_says_how_samples_were_rolled_out() -> None:
     assert "max_offset 5" in line
     assert "reflex (alpha 1.0, drift_weight 10.0, loss_weight 1.0)" in line
     assert "- Loss: diff2flow yes\n" in _card(loss=LossSettings(diff2flow=True))
+
+
+def test_the_card_says_how_large_the_batches_of_each_dataset_were() -> None:
+    datasets = (
+        DatasetSampling(id="a", train_batch_size=8, repeats=2),
+        DatasetSampling(id="b", train_batch_size=1, timestep_sampling_offset=-0.5),
+    )
+    card = _card(datasets=datasets, gradient_accumulation_steps=3)
+    assert "- Micro batch size: 1, 8\n" in card
+    assert "- Effective batch size: 3 to 24\n" in card
+    assert "- Dataset a: 2 repeats, micro batch size 8\n" in card
+    assert "- Dataset b: 0 repeats, micro batch size 1, timestep sampling offset -0.5\n" in card
+    plain = _card(datasets=(DatasetSampling(id="a"),), train_batch_size=2)
+    assert "- Micro batch size: 2\n" in plain
+    assert "- Effective batch size: 2\n" in plain
+    assert "- Dataset a: 0 repeats\n" in plain
 
 
 def test_the_card_is_silent_about_what_was_not() -> None:

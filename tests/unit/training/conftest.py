@@ -24,6 +24,7 @@ TEXT = {
 
 
 ALL = -2
+NAMES = ("first.png", "second.png", "third.png")
 CPU = torch.device("cpu")
 
 
@@ -32,28 +33,37 @@ class RandomBatch:
     rows: Sequence[LatentRow]
     latents: Tensor
     texts: Sequence[Named | None]
+    before: int = 0
     masks: Tensor | None = None
 
 
 @dataclass
 class RandomBatches:
-    """Random latents and texts, the same for a position; notes the positions asked for and may act at one."""
+    """Random latents and texts, the same for a position; notes the positions asked for and may act at one.
+
+    ``sizes`` are the samples of a step's micro-batches: so many of dataset ``a``, and those of another number than the
+    first of dataset ``b``.
+    """
 
     family: str
     broken_step: int = -1
     act: Callable[[int], None] = lambda _step: None
     asked: list[tuple[int, int]] = field(default_factory=list)
     masks: Tensor | None = None
+    sizes: tuple[int, ...] = (2,)
 
     def batch(self, step: int, micro: int) -> RandomBatch:
         self.asked.append((step, micro))
         self.act(step)
         generator = torch.Generator().manual_seed(1000 * step + micro)
-        latents = torch.randn(2, 4, 8, 8, generator=generator)
+        size = self.sizes[micro % len(self.sizes)]
+        latents = torch.randn(size, 4, 8, 8, generator=generator)
         if step == self.broken_step or self.broken_step == ALL:
             latents[1] = float("nan")
         texts = {name: torch.randn(shape, generator=generator) for name, shape in TEXT[self.family].items()}
-        return RandomBatch([_row("first.png"), _row("second.png")], latents, [texts, None], self.masks)
+        rows = [_row(name, "a" if size == self.sizes[0] else "b") for name in NAMES[:size]]
+        before = step * sum(self.sizes) + sum(self.sizes[:micro])
+        return RandomBatch(rows, latents, [texts, None, texts][:size], before, self.masks)
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,6 @@ class Setup:
             noise=section.noise,
             masked=section.masked_loss_probability,
             rollout=section.rollout,
-            micro_steps=section.gradient_accumulation_steps,
             whole_batches=section.compilation is not None,
         )
         return Job(
@@ -105,8 +114,8 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     return Setup(bases)
 
 
-def _row(name: str) -> LatentRow:
+def _row(name: str, dataset: str) -> LatentRow:
     return LatentRow(
-        sample=f"a/{name}", dataset="a", key=name, shard="s", intermediary_size=(64, 64), crop=(0, 0),
+        sample=f"{dataset}/{name}", dataset=dataset, key=name, shard="s", intermediary_size=(64, 64), crop=(0, 0),
         target_size=(64, 64), bucket="1.0",
     )  # fmt: skip

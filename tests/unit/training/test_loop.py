@@ -224,7 +224,7 @@ def test_checkpoints_by_epochs(setup: Setup, tmp_path: Path, settings: dict[str,
 
 def test_levels_in_turn_follow_the_micro_steps(setup: Setup) -> None:
     flow = FlowSchedule(sigmas=(0.1, 0.2, 0.3, 0.4, 0.5), in_turn=True)
-    job = setup.job("sana", RandomBatches("sana"), flow=flow, gradient_accumulation_steps=2)
+    job = setup.job("sana", RandomBatches("sana", sizes=(2, 2)), flow=flow, gradient_accumulation_steps=2)
     timesteps = [job.question(step, micro).noisy.timesteps.tolist() for step in (0, 1) for micro in (0, 1)]
     assert [round(value) for pair in timesteps for value in pair] == [100, 200, 300, 400, 500, 100, 200, 300]
 

@@ -16,6 +16,7 @@ from kubetuner.config.compilation import CompileSettings
 from kubetuner.config.sections.adapter import LoraSettings
 from kubetuner.config.sections.distribution import FsdpSettings
 from kubetuner.config.sections.objective import EmaSettings, ReflexSettings, RolloutSettings
+from kubetuner.config.sections.steps import DatasetSampling
 from kubetuner.errors import TrainingError
 from kubetuner.training.checkpoints import Checkpoints
 from kubetuner.training.distributed.processes import ALONE, Processes, joined, of_group
@@ -40,6 +41,7 @@ class Case:
     Attributes:
         accumulation: ``gradient_accumulation_steps`` of each of two processes; one alone has twice as many.
         regularising: Every second batch is of regularisation data.
+        sizes: Samples of the micro-batches of a step of all processes: see ``RandomBatches``.
         broken_step: Its latents are not finite.
         interrupted: One process alone took so many steps, and two go on from its checkpoint.
         rounding: How far apart numbers may be, relatively.
@@ -51,6 +53,7 @@ class Case:
     accumulation: int = 1
     broken_step: int = -1
     regularising: bool = False
+    sizes: tuple[int, ...] = (2,)
     interrupted: int = 3
     rounding: float = 1e-4
 
@@ -76,6 +79,11 @@ CASES = {
     "sana-by-value-fsdp": Case("sana", FSDP, {"grad_clip_method": "value", "max_grad_norm": 1e-4}),
     "sana-lion-fsdp": Case("sana", FSDP, FULL | {"optimizer": "optimi-lion", "learning_rate": 1e-4}),
     "sana-optimi-fsdp": Case("sana", FSDP, FULL | {"optimizer": "optimi-adamw"}),
+    "sdxl-sizes-ddp": Case("sdxl", settings=FULL, accumulation=2, sizes=(2, 3, 3, 1)),
+    "sana-sizes-fsdp": Case("sana", FSDP, FULL, sizes=(1, 3)),
+    "sana-sizes-regularised-fsdp": Case("sana", FSDP, regularising=True, accumulation=2, sizes=(3, 1, 2, 3)),
+    "sana-sizes-compiled-fsdp": Case("sana", FSDP, {"compilation": EAGER, "lora": LORA}, sizes=(1, 3)),
+    "sana-sizes-stopped-ddp": Case("sana", broken_step=1, sizes=(3, 2)),
     "sana-skipped-ddp": Case("sana", settings={"nonfinite_loss": "skip"}, broken_step=1),
     "sana-stopped-ddp": Case("sana", broken_step=1),
     "sana-stopped-fsdp": Case("sana", FSDP, broken_step=1),
@@ -83,6 +91,9 @@ CASES = {
     "sana-resumed-fsdp": Case("sana", FSDP, FULL | {"ema": EmaSettings(decay=0.9)}, interrupted=1),
     "sdxl-resumed-fsdp": Case("sdxl", FSDP, interrupted=1),
 }
+
+
+DATASETS = (DatasetSampling(id="a"), DatasetSampling(id="b", train_batch_size=3))  # Of more than one size.
 
 
 class _Mixed(RandomBatches):
@@ -104,11 +115,12 @@ def train_case(name: str, setup: Setup, out: Path, processes: Processes = ALONE,
     if processes is ALONE:
         settings["compilation"] = None
     accumulation = case.accumulation * (2 if processes is ALONE else 1)
-    batches = RandomBatches(case.family, broken_step=case.broken_step)
+    batches = (_Mixed if case.regularising else RandomBatches)(
+        case.family, broken_step=case.broken_step, sizes=case.sizes
+    )
     job = setup.job(case.family, batches, gradient_accumulation_steps=accumulation, **settings)
     job = replace(job, processes=processes, total_steps=steps)
     if case.regularising:
-        job = replace(job, batches=_Mixed(case.family))
         job = replace(job, objective=replace(job.objective, regularising=frozenset({"kept"})))
         _spoil(job.trained())
     logged: list[Tensor] = []
@@ -147,6 +159,7 @@ def main(folder: Path) -> None:
         for name, case in CASES.items():
             settings = {"fsdp": case.fsdp, "gradient_accumulation_steps": case.accumulation}
             settings["lora"] = case.settings.get("lora", LoraSettings())
+            settings["datasets"] = DATASETS[: len(set(case.sizes))]
             processes = of_group(section.model_copy(update=settings))
             try:
                 train_case(name, setup, out, processes)

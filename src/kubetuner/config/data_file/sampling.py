@@ -1,13 +1,19 @@
-"""The keys of a picture entry that say how often and when it is drawn from, checked against its role."""
+"""The keys of a picture entry that say how it is drawn from in training, checked against its role."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kubetuner.config.keys import Values
+from kubetuner.config.sections.objective import FlowSchedule
 from kubetuner.config.sections.steps import DatasetSampling
 from kubetuner.errors import Problem
 
-_TRAINING_ONLY = ("probability", "start_step", "end_step", "start_epoch", "end_epoch", "is_regularisation_data")
+_TRAINING_ONLY = (
+    "probability", "start_step", "end_step", "start_epoch", "end_epoch", "is_regularisation_data", "train_batch_size",
+)  # fmt: skip
+_FARTHEST = math.log(999)
+"""Its sigmoid is 0.999: an offset beyond it makes half of the levels noise alone, or no noise at all."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,9 @@ def read_sampling(
     return DatasetSampling.model_validate(
         {
             "id": values.text("id"),
-            **values.pick("repeats", "probability", "start_step", "end_step"),
+            **values.pick(
+                "repeats", "probability", "start_step", "end_step", "train_batch_size", "timestep_sampling_offset"
+            ),
             "is_regularisation_data": parent,
         }
     )
@@ -63,7 +71,32 @@ def read_epochs(values: Values) -> Epochs | None:
 
 
 def _check_held_out(values: Values, where: str, problems: list[Problem]) -> None:
-    used = ["repeats"] if values.integer("repeats", 0) > 0 else []
+    used = [name for name in ("repeats", "timestep_sampling_offset") if values.number(name, 0.0)]
     used += [name for name in _TRAINING_ONLY if name in values and values.get(name) is not False]
     message = "has no meaning with dataset_type eval; remove it."
     problems.extend(Problem(f"{where}.{name}", message) for name in used)
+
+
+def offset_fault(offset: float, family: str, schedule: FlowSchedule | None) -> str:
+    """Why ``timestep_sampling_offset`` can have no effect, or not the one that is wanted; empty where it is right.
+
+    Args:
+        offset: The dataset's.
+        family: ``model_family``.
+        schedule: How the family draws its noise levels; ``None`` for one that trains no flow.
+    """
+    if not offset:
+        return ""
+    if schedule is None:
+        return f"has no effect with model_family {family}, which trains no flow; remove it."
+    keys = {"uniform": "flow_use_uniform_schedule", "beta": "flow_use_beta_schedule"}
+    other = "flow_custom_timesteps" if schedule.sigmas else keys.get(schedule.density)
+    if other:
+        return f"has no effect with {other}, which draws no normal values to add it to; remove one of them."
+    if abs(schedule.sigmoid_scale * offset) > _FARTHEST:
+        levels = "above 0.999, noise alone" if offset > 0 else "below 0.001, without noise"
+        return (
+            f"is {offset:g}, so that half of the noise levels would be {levels}: it counts in standard deviations, "
+            f"not in timesteps, and is at most {_FARTHEST / schedule.sigmoid_scale:.1f} either way."
+        )
+    return ""

@@ -77,7 +77,7 @@ MODEL_NOTES: Mapping[str, Note] = {
 TRAIN_NOTES: Mapping[str, Note] = {
     "max_train_steps": Note("optimizer steps; 0 to count epochs", otherwise="0, and one epoch"),
     "num_train_epochs": Note("epochs; 0 to count steps", otherwise="1 while `max_train_steps` is not set"),
-    "train_batch_size": Note("pictures at once", 4),
+    "train_batch_size": Note("pictures at once, of datasets that do not say", 4),
     "gradient_accumulation_steps": Note("batches per optimizer step", 1),
     "mixed_precision": Note(
         "autocast; trained weights are float32 either way", "bf16", differs="there trained in bf16"
@@ -94,7 +94,7 @@ TRAIN_NOTES: Mapping[str, Note] = {
     "lr_end": Note("floor of `polynomial` and `sine`", 0.0, differs="there 4e-7"),
     "lr_power": Note("exponent of `polynomial`", 1.0, differs="there 0.8"),
     "lr_num_cycles": Note("waves or restarts over the run", 1),
-    "lr_scale": Note("the rate counts for one picture: times the pictures of a step", False),
+    "lr_scale": Note("the rate counts for one picture: times the pictures of a step, as many as this file says", False),
     "lr_scale_sqrt": Note("times their root instead", False),
     "max_grad_norm": Note("clip gradients above; 0 never", otherwise="2.0; 0.01 for PixArt", differs="there a limit"),
     "grad_clip_method": Note("clip the norm, or each value", "norm", differs="there `value`"),

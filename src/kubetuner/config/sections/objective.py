@@ -106,9 +106,11 @@ class ProcessSettings(Section):
 
     Attributes:
         segmented: Spread a batch's timesteps over the range (not ``disable_segmented_timestep_sampling``).
+        offset: A dataset's ``timestep_sampling_offset``; 0 for a family that trains no flow.
     """
 
     segmented: bool = True
+    offset: float = 0.0
     flow: FlowSchedule = FlowSchedule()
     bias: TimestepBias = TimestepBias()
     loss: LossSettings = LossSettings()

@@ -141,6 +141,9 @@ class DatasetSampling(Section):
         probability: Weight against the other datasets (``data_backend_sampling``).
         start_step: First optimizer step that draws from it, from 1; 0 is the same as 1.
         end_step: Last optimizer step that draws from it; ``None`` for no end.
+        train_batch_size: Samples of each of its batches; ``None`` for as many as the section says.
+        timestep_sampling_offset: Added to the normal values that a flow's noise levels are made of; above 0 is more
+            noise.
         is_regularisation_data: A LoRA's target is the base model's own prediction instead of the noise.
     """
 
@@ -149,6 +152,8 @@ class DatasetSampling(Section):
     probability: float = 1.0
     start_step: int = 0
     end_step: int | None = None
+    train_batch_size: int | None = None
+    timestep_sampling_offset: float = 0.0
     is_regularisation_data: bool = False
 
 
@@ -157,6 +162,7 @@ class TrainSection(Section):
 
     Attributes:
         layer_freeze_strategy: ``bitfit`` trains the biases only (``model_type: full``).
+        train_batch_size: Samples of a batch of datasets that do not say; see :meth:`batch_size`.
         gradient_checkpointing_interval: Every n-th block's activations are computed again instead of being kept.
         attention_mechanism: Kernel of softmax attention; see :mod:`kubetuner.config.attention`.
         compilation: ``None`` without ``dynamo_backend``.
@@ -175,7 +181,7 @@ class TrainSection(Section):
         nonfinite_loss: What to do with a step whose loss or gradient is not finite.
         log_step_interval: Optimizer steps between logged points.
         seed: Seeds noise, timesteps, caption dropout, sampling order and adapter initialisation.
-        num_train_processes: Processes of a pod, each with ``train_batch_size``; 0 for one per GPU, or one on a CPU.
+        num_train_processes: Processes of a pod, each with batches of its own; 0 for one per GPU, or one on a CPU.
         num_machines: Pods of so many processes each that train together; see :mod:`kubetuner.config.trainjob`.
         fsdp: How they share out the weights; ``None`` without ``fsdp_enable``.
     """
@@ -238,6 +244,15 @@ class TrainSection(Section):
     num_machines: int = 1
     fsdp: FsdpSettings | None = None
 
+    def batch_size(self, dataset: DatasetSampling) -> int:
+        """Samples of each batch of one of the datasets."""
+        return dataset.train_batch_size or self.train_batch_size
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The different sizes of batches, ascending."""
+        return tuple(sorted({self.batch_size(dataset) for dataset in self.datasets}))
+
     @property
     def planned_micro_steps(self) -> int:
         """Batches per optimizer step."""
@@ -259,9 +274,10 @@ class TrainSection(Section):
             return False
         return self.mixed_precision == "bf16"
 
-    def process(self) -> ProcessSettings:
-        """What the family's noise process is made with."""
+    def process(self, dataset: DatasetSampling | None = None) -> ProcessSettings:
+        """What the family's noise process is made with, for all datasets or for one that has settings of its own."""
         return ProcessSettings(
+            offset=0.0 if dataset is None else dataset.timestep_sampling_offset,
             segmented=not self.disable_segmented_timestep_sampling,
             flow=self.flow,
             bias=self.timestep_bias,

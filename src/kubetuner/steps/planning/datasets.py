@@ -196,13 +196,18 @@ def kept_buckets(measured: Measured, train: TrainSection) -> dict[str, int]:
     """Pictures, repeats counted, of the buckets that fill a batch; the others are never drawn from."""
     passes = measured.entry.sampling.repeats + 1
     counted = {name: len(sizes) * passes for name, sizes in measured.buckets.items()}
-    return {name: count for name, count in counted.items() if count >= train.train_batch_size}
+    return {name: count for name, count in counted.items() if count >= train.batch_size(measured.entry.sampling)}
+
+
+def batches_per_epoch(measured: Measured, train: TrainSection) -> int:
+    """Batches of a dataset in one epoch: those of each bucket that are whole, repeats counted."""
+    size = train.batch_size(measured.entry.sampling)
+    return sum(count // size for count in kept_buckets(measured, train).values())
 
 
 def drawn_per_epoch(measured: Measured, train: TrainSection) -> int:
-    """Samples of a dataset that one epoch sees: whole batches, repeats counted."""
-    size = train.train_batch_size
-    return sum(count // size * size for count in kept_buckets(measured, train).values())
+    """Samples of a dataset that one epoch sees."""
+    return batches_per_epoch(measured, train) * train.batch_size(measured.entry.sampling)
 
 
 def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
@@ -213,10 +218,11 @@ def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
     if not measured.samples:
         reasons = "; ".join(f"{on_one_line(name)}: {reason}" for name, reason in measured.skipped[:_NAMED])
         return [Problem(where, f"none of its {len(measured.skipped)} pictures is usable ({reasons}).")]
-    effective = train.train_batch_size * train.planned_micro_steps
-    if not measured.trained_on or drawn_per_epoch(measured, train) >= effective:
+    if not measured.trained_on or batches_per_epoch(measured, train) >= train.planned_micro_steps:
         return []
-    repeats = measured.entry.sampling.repeats
+    sampling = measured.entry.sampling
+    repeats, size = sampling.repeats, train.batch_size(sampling)
+    effective = size * train.planned_micro_steps
     lines = [
         f"bucket {name} ({sizes[0][0]}x{sizes[0][1]}): {len(sizes)} x ({repeats} + 1) = {len(sizes) * (repeats + 1)}, "
         f"needs repeats {max(math.ceil(effective / len(sizes)) - 1, 0)}"
@@ -227,14 +233,15 @@ def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
     fitting = fullest * (repeats + 1) // train.planned_micro_steps
     advice = f"set repeats to {needed}"
     most = fullest * (repeats + 1) // train.planned_processes
+    its = "its " if sampling.train_batch_size else ""
     if fitting:
-        advice += f", or train_batch_size to {fitting}"
+        advice += f", or {its}train_batch_size to {fitting}"
     elif 0 < most < train.gradient_accumulation_steps:
-        advice += f", or train_batch_size to 1 and gradient_accumulation_steps to {most}"
+        advice += f", or {its}train_batch_size to 1 and gradient_accumulation_steps to {most}"
     if not measured.entry.repeats_set:
         advice += ", or allow_dataset_oversubscription to true in config.json"
     message = (
-        f"one optimizer step needs train_batch_size {train.train_batch_size} x gradient_accumulation_steps "
+        f"one optimizer step needs train_batch_size {size} x gradient_accumulation_steps "
         f"{train.gradient_accumulation_steps}{_times_processes(train)} = {effective} pictures in whole batches of "
         f"one bucket each, and there are too few: {'; '.join(lines)}. To fix it, {advice}."
     )
@@ -263,5 +270,5 @@ def unreadable_problems(measured: Measured, most: float) -> list[Problem]:
 def steps_per_epoch(measured: Sequence[Measured], train: TrainSection) -> int:
     """Optimizer steps per epoch of the first step's datasets; each bucket's incomplete batch is dropped."""
     first = stages(train.datasets)[0].datasets
-    batches = sum(drawn_per_epoch(one, train) // train.train_batch_size for one in measured if one.id in first)
+    batches = sum(batches_per_epoch(one, train) for one in measured if one.id in first)
     return max(math.ceil(batches / train.planned_micro_steps), 1)

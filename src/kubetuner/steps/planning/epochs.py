@@ -11,7 +11,7 @@ from itertools import pairwise
 from kubetuner.config.data_file.sampling import Epochs
 from kubetuner.config.sections.steps import TrainSection
 from kubetuner.errors import Problem
-from kubetuner.steps.planning.datasets import Measured, drawn_per_epoch
+from kubetuner.steps.planning.datasets import Measured, batches_per_epoch
 
 
 def schedule_epochs(
@@ -64,7 +64,7 @@ def _steps(trained: Sequence[Measured], epochs: dict[str, Epochs], epoch: int, t
         for one in trained
         if epochs[one.id].first <= epoch and (epochs[one.id].last is None or epoch <= (epochs[one.id].last or 0))
     ]
-    batches = sum(drawn_per_epoch(one, train) // train.train_batch_size for one in active)
+    batches = sum(batches_per_epoch(one, train) for one in active)
     return max(math.ceil(batches / train.planned_micro_steps), 1) if active else 0
 
 

@@ -6,7 +6,7 @@ Nothing is changed here: the settings are tried through the same prediction, and
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from kubetuner.config.sections.steps import Sections, TrainSection
 from kubetuner.environment import number_above_zero
 from kubetuner.errors import InputError
 from kubetuner.steps.planning.costs import vae_shape
-from kubetuner.steps.planning.datasets import Measured, kept_buckets
+from kubetuner.steps.planning.datasets import Measured, Size, kept_buckets
 
 if TYPE_CHECKING:
     from kubetuner.training.memory.encoding import Encoding
@@ -51,11 +51,12 @@ class Forecast:
     """What was predicted.
 
     Attributes:
-        batch: The largest batch, for a person.
+        batch: The batch that takes most, for a person.
         memory: ``None`` where nothing was predicted.
         reason: Why nothing was.
         card: Bytes of the GPU's memory; 0 when it is not known.
         options: Settings that take less, tried because these do not fit; in the order in which to try them.
+        own_sizes: Ids of the datasets whose batches the data file says, so that no option changes them.
     """
 
     batch: str = ""
@@ -63,6 +64,7 @@ class Forecast:
     reason: str = ""
     card: int = 0
     options: tuple[Option, ...] = ()
+    own_sizes: tuple[str, ...] = ()
 
     def fits(self, peak: int) -> bool:
         """Whether the GPU has room for it."""
@@ -70,7 +72,7 @@ class Forecast:
 
 
 def forecast(sections: Sections, measured: Sequence[Measured]) -> Forecast:
-    """Predict the peak for the largest batch of the run; where PyTorch is missing, say so.
+    """Predict the peak for the batch that takes most; where PyTorch is missing, say so.
 
     Raises:
         InputError: The environment's value for the GPU's memory is no number above 0.
@@ -86,25 +88,57 @@ def forecast(sections: Sections, measured: Sequence[Measured]) -> Forecast:
     train = sections.train
     if train.fsdp is not None:
         return Forecast(reason="weights that processes share out (fsdp_enable) are not predicted yet.", card=card)
-    from kubetuner.training.memory.prediction import Predictor, Shapes
-
-    factor, channels = vae_shape(train.model)
-    width, height = _largest([one for one in measured if one.trained_on], train)
-    outline = OUTLINES[train.model.family]
-    tokens = sections.cache_text_embeds.max_length or outline.text_floats // outline.text_width
-    shapes = Shapes((channels, height // factor, width // factor), tokens)
-    batch = f"{train.train_batch_size} of {width}x{height}, captions of {tokens} tokens"
     logger.info("Predicting GPU memory; this takes seconds")
     try:
-        predictor = Predictor(shapes, _encoding(sections, measured))
-        memory = predictor.predict(train)
+        batches = _Batches(sections, measured)
+        memory, batch = batches.predict(train)
         card = card or _local_card()
-        found = Forecast(batch, memory, card=card)
+        own = tuple(one.id for one in train.datasets if one.train_batch_size)
+        found = Forecast(batch, memory, card=card, own_sizes=own)
         if not card or found.fits(memory.peak):
             return found
-        return Forecast(batch, memory, card=card, options=tuple(_options(train, predictor.predict, found.fits)))
+        options = _options(train, lambda changed: batches.predict(changed)[0], found.fits)
+        return replace(found, options=tuple(options))
     except InputError as error:
         return Forecast(reason=f"{error}", card=card)
+
+
+class _Batches:
+    """The largest batch of every size of batches: which of them takes most is for the prediction to say.
+
+    Raises:
+        InputError: The autoencoder's configuration is not to be had.
+    """
+
+    def __init__(self, sections: Sections, measured: Sequence[Measured]) -> None:
+        from kubetuner.training.memory.prediction import Predictor, Shapes
+
+        train = sections.train
+        factor, channels = vae_shape(train.model)
+        outline = OUTLINES[train.model.family]
+        self._tokens = sections.cache_text_embeds.max_length or outline.text_floats // outline.text_width
+        encoding = _encoding(sections, measured)
+        drawn = [one for one in measured if one.trained_on and kept_buckets(one, train)]
+        self._predictors: list[tuple[int | None, Size, Predictor]] = []
+        for own in {one.entry.sampling.train_batch_size: None for one in drawn}:
+            width, height = _largest([one for one in drawn if one.entry.sampling.train_batch_size == own], train)
+            shapes = Shapes((channels, height // factor, width // factor), self._tokens, own)
+            self._predictors.append((own, (width, height), Predictor(shapes, encoding)))
+
+    def predict(self, train: TrainSection) -> "tuple[Memory, str]":
+        """The most that one of the batches takes, and that batch in words."""
+        sizes = [(own or train.train_batch_size, width * height) for own, (width, height), _ in self._predictors]
+        found = [
+            (predictor.predict(train), f"{size[0]} of {width}x{height}, captions of {self._tokens} tokens")
+            for (_, (width, height), predictor), size in zip(self._predictors, sizes, strict=True)
+            if not any(_has_less(size, other) for other in sizes)
+        ]
+        return max(found, key=lambda one: one[0].peak)
+
+
+def _has_less(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether a batch of so many samples of so many pixels takes less than another one for sure."""
+    return one != other and one[0] <= other[0] and one[1] <= other[1]
 
 
 def _encoding(sections: Sections, measured: Sequence[Measured]) -> "Encoding":
@@ -142,7 +176,7 @@ def _local_card() -> int:
     return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
 
 
-def _largest(measured: Sequence[Measured], train: TrainSection) -> tuple[int, int]:
+def _largest(measured: Sequence[Measured], train: TrainSection) -> Size:
     """Width and height of the pictures of the largest bucket that is drawn from."""
     sizes = {size for one in measured for name in kept_buckets(one, train) for size in one.buckets[name]}
     return max(sizes, key=lambda size: (size[0] * size[1], size))
@@ -179,7 +213,8 @@ def _rungs(train: TrainSection, memory: "Memory") -> list[Change]:
         changes.append({"gradient_checkpointing_interval": 1})
     if train.mixed_precision == "no":
         changes.append({"mixed_precision": "bf16"})
-    changes.extend(_batches(train))
+    if not any(dataset.train_batch_size for dataset in train.datasets):  # Those are in the other file.
+        changes.extend(_batches(train))
     matters = memory.optimizer > _SMALL_SHARE * memory.peak
     if matters and OPTIMIZERS[train.optimizer].state_bytes > OPTIMIZERS["bnb-adamw8bit"].state_bytes:
         changes.append({"optimizer": "bnb-adamw8bit"})

@@ -45,11 +45,14 @@ def _options(found: Forecast) -> str:
     if found.memory is not None and found.fits(found.memory.peak):
         return ""
     enough = any(found.fits(option.peak) for option in found.options)
+    advice = [] if enough else [_NOTHING]
+    if found.own_sizes:
+        advice.append(f"Smaller batches take less; those of {', '.join(found.own_sizes)} are set in the data file.")
     if not found.options:
-        return f" {_NOTHING}"
+        return f" {' '.join(advice)}"
     rows = "".join(_row(option, found) for option in found.options)
     heading = "Settings that take less; none of them was made:\n\n| change | predicted peak | fits |\n|---|---|---|"
-    return f"\n\n{heading}\n{rows}" + ("" if enough else f"\n{_NOTHING}")
+    return f"\n\n{heading}\n{rows}" + (f"\n{' '.join(advice)}" if advice else "")
 
 
 def _row(option: Option, found: Forecast) -> str:

@@ -8,7 +8,7 @@ from kubetuner.config.schedule import stages, weights
 from kubetuner.config.sections.steps import Sections, TrainSection
 from kubetuner.errors import on_one_line
 from kubetuner.steps.planning.costs import Costs
-from kubetuner.steps.planning.datasets import Measured, drawn_per_epoch, kept_buckets
+from kubetuner.steps.planning.datasets import Measured, batches_per_epoch, drawn_per_epoch, kept_buckets
 from kubetuner.steps.planning.memory import Forecast
 from kubetuner.steps.planning.memory_page import memory_section
 
@@ -53,14 +53,15 @@ def amount(count: int) -> str:
 def _model(sections: Sections, epoch: int, costs: Costs, *, predicted: bool) -> str:
     train = sections.train
     steps = train.max_train_steps or train.num_train_epochs * epoch
-    batch = train.train_batch_size * train.planned_micro_steps
+    pictures = [size * train.planned_micro_steps for size in train.batch_sizes]
+    each = " to ".join(str(count) for count in dict.fromkeys((pictures[0], pictures[-1])))
     kind = _kind(train)
     rows = [
         ("model", f"`{train.model.path}` ({train.model.family})"),
         ("revision", f"`{train.model.revision[:12] or 'newest'}`"),
         ("training", f"{kind}, {costs.parameters / 1e6:.1f} million weights in the denoiser"),
         ("processes", _processes(train)),
-        ("steps", f"{steps} of {batch} pictures; {epoch} per epoch, {steps / epoch:.1f} epochs"),
+        ("steps", f"{steps} of {each} pictures; {epoch} per epoch, {steps / epoch:.1f} epochs"),
         ("learning rate", f"{train.learning_rate:g}, {train.lr_scheduler}, {train.lr_warmup_steps} warm-up steps"),
         ("latents", amount(costs.latents_bytes)),
         ("text embeddings", f"at most {amount(costs.text_embeds_bytes)}, with one caption per picture"),
@@ -91,8 +92,8 @@ def _processes(train: TrainSection) -> str:
 
 
 def _datasets(sections: Sections, measured: Sequence[Measured]) -> str:
-    lines = ["## Datasets", "", "| id | role | pictures | skipped | buckets | repeats | per epoch | captions |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = ["## Datasets", "", "| id | role | pictures | skipped | buckets | repeats | per epoch | batch | captions |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for one in measured:
         drawn = drawn_per_epoch(one, sections.train) if one.trained_on else 0
         cells = (
@@ -103,6 +104,7 @@ def _datasets(sections: Sections, measured: Sequence[Measured]) -> str:
             len(one.buckets),
             one.entry.sampling.repeats,
             drawn or "-",
+            sections.train.batch_size(one.entry.sampling) if one.trained_on else "-",
             one.entry.source.caption_strategy,
         )
         lines.append("| " + " | ".join(_cell(str(cell)) for cell in cells) + " |")
@@ -122,12 +124,12 @@ def _turns(sections: Sections, measured: Sequence[Measured]) -> str:
     train = sections.train
     if len(train.datasets) == 1 and len(stages(train.datasets)) == 1:
         return ""
-    drawn = {one.id: drawn_per_epoch(one, train) for one in measured if one.trained_on}
+    batches = {one.id: batches_per_epoch(one, train) for one in measured if one.trained_on}
     lines = [f"## Turns of the datasets\n\nBy {train.data_backend_sampling} and probability, until each has run out:\n"]
     for stage in stages(train.datasets):
         if not stage.datasets or stage.first > (train.max_train_steps or stage.first):
             continue
-        weight = weights(train, {name: drawn[name] for name in stage.datasets})
+        weight = weights(train, {name: batches[name] for name in stage.datasets})
         shares = (f"`{name}` {100 * value / sum(weight.values()):.1f} %" for name, value in weight.items())
         lines.append(f"- {stage}: {', '.join(shares)}")
     return "\n".join(lines)

@@ -69,11 +69,15 @@ class Processes:
         """Around a micro-step: gradients are exchanged in the ``last`` one only."""
         return nullcontext()
 
-    def gathered(self, values: Tensor) -> Tensor:
-        """One number per sample, ``[n]``, to those of all processes ``[count * n]``, in the order of micro-steps."""
+    def sizes(self, own: Sequence[int]) -> tuple[int, ...]:
+        """Samples of this process's micro-steps of an optimizer step, to those of all of the step's micro-steps."""
+        return tuple(own)
+
+    def gathered(self, values: Tensor, sizes: Sequence[int]) -> Tensor:
+        """One number per sample of this process, ``[n]``, to those of all, in the order of micro-steps of ``sizes``."""
         return values
 
-    def all_of(self, items: Sequence[T]) -> tuple[T, ...]:
+    def all_of(self, items: Sequence[T], sizes: Sequence[int]) -> tuple[T, ...]:
         """As :meth:`gathered`, for anything; all processes must ask."""
         return tuple(items)
 
@@ -146,7 +150,7 @@ class _Together(Processes):
         self.turns = 0
         self._fsdp = section.fsdp
         self.sharded = section.fsdp is not None
-        self._accumulation = section.gradient_accumulation_steps
+        self._sizes_differ = len(section.batch_sizes) > 1
         # Whole adapted layers are left out by chance then, and have no gradient.
         self._some_unused = section.lora is not None and section.lora.module_dropout > 0
 
@@ -176,19 +180,30 @@ class _Together(Processes):
             with nullcontext() if last else replica.no_sync():
                 yield
 
-    def gathered(self, values: Tensor) -> Tensor:
+    def sizes(self, own: Sequence[int]) -> tuple[int, ...]:
+        if not self._sizes_differ:
+            return tuple(own) * self.count
         self.turns += 1
-        found = values.new_empty(self.count * len(values))
-        distributed.all_gather_single(found, values)
-        return found.reshape(self.count, self._accumulation, -1).transpose(0, 1).flatten()
+        found = torch.empty(self.count * len(own), dtype=torch.int64)
+        distributed.all_gather_single(found, torch.tensor(own))
+        return tuple(found.reshape(self.count, -1).t().flatten().tolist())
 
-    def all_of(self, items: Sequence[T]) -> tuple[T, ...]:
+    def gathered(self, values: Tensor, sizes: Sequence[int]) -> Tensor:
+        self.turns += 1
+        theirs = [list(sizes[rank :: self.count]) for rank in range(self.count)]
+        most = max(map(sum, theirs))
+        found = values.new_empty(self.count * most)
+        distributed.all_gather_single(found, nn.functional.pad(values, (0, most - len(values))))
+        rows = zip(found.reshape(self.count, most), theirs, strict=True)
+        held = [iter(torch.split(row[: sum(part)], part)) for row, part in rows]
+        return torch.cat([next(held[micro % self.count]) for micro in range(len(sizes))])
+
+    def all_of(self, items: Sequence[T], sizes: Sequence[int]) -> tuple[T, ...]:
         self.turns += 1
         found: list[list[T]] = [[]] * self.count
         distributed.all_gather_object(found, list(items))
-        size = len(items) // self._accumulation
-        starts = range(0, len(items), size)
-        return tuple(item for start in starts for held in found for item in held[start : start + size])
+        held = [iter(one) for one in found]
+        return tuple(next(held[micro % self.count]) for micro, size in enumerate(sizes) for _ in range(size))
 
     def any(self, flag: bool) -> bool:
         self.turns += 1

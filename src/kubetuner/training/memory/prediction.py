@@ -32,15 +32,17 @@ _WORKSPACE = 32 * 2**20
 
 @dataclass(frozen=True)
 class Shapes:
-    """The largest batch's shapes.
+    """A batch's shapes.
 
     Attributes:
         latents: (channels, height, width) of one sample's latents.
         tokens: Of one caption, at most.
+        batch: Samples; ``None`` for the section's ``train_batch_size``.
     """
 
     latents: tuple[int, int, int]
     tokens: int
+    batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Predictor:
     """Predicts for sections that differ in some settings; what one of them took to find is kept for the others.
 
     Args:
-        shapes: Of the largest batch.
+        shapes: Of the batch.
         encoding: What makes latents meanwhile takes.
     """
 
@@ -160,7 +162,7 @@ def _rules(section: TrainSection) -> GpuRules:
 
 def _step(section: TrainSection, family: Family, denoiser: nn.Module, shapes: Shapes) -> None:
     """Forward and backward, as :class:`kubetuner.training.objective.Objective` does it."""
-    batch = section.train_batch_size
+    batch = shapes.batch or section.train_batch_size
     conditioning = family.conditioning_shapes(denoiser, shapes.tokens)
     with torch.device("meta"):
         noisy, target = torch.empty(batch, *shapes.latents), torch.empty(batch, *shapes.latents)

@@ -1,8 +1,8 @@
 """From a batch to its loss: what is noised, how the denoiser is asked, and how its answer is scored."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -37,6 +37,11 @@ class Batch(Protocol):
     @property
     def texts(self) -> Sequence[Named | None]:
         """Their captions' embeddings; ``None`` for a dropped caption."""
+        ...
+
+    @property
+    def before(self) -> int:
+        """How many samples of the run come before these, in the order of steps and micro-steps."""
         ...
 
     @property
@@ -112,13 +117,14 @@ class Objective:
     """A family's training objective.
 
     Attributes:
+        process: How all is noised and scored.
         null: Embedding of the empty text.
         seed: Seed of noise and noise levels.
         noise: Changes to the noise.
         regularising: Ids of the datasets whose target is the base model's own prediction; they are never rolled out.
         masked: How likely a sample's mask is used (``masked_loss_probability``), 0..1.
         rollout: Which samples' noisy latents the model draws itself; ``None`` for none.
-        micro_steps: Micro-steps of an optimizer step.
+        drawing: Dataset → the process that draws its noise levels, of those that have one of their own.
         pad_text_to: Padded texts have a multiple of so many tokens.
         whole_batches: A rollout of some samples of a batch asks for as many as the batch has, for want of others the
             first of them again: a compiled network knows no other shape.
@@ -133,7 +139,7 @@ class Objective:
     regularising: frozenset[str] = frozenset()
     masked: float = 1.0
     rollout: RolloutSettings | None = None
-    micro_steps: int = 1
+    drawing: Mapping[str, NoiseProcess] = field(default_factory=dict)
     pad_text_to: int = PAD_TO
     whole_batches: bool = False
 
@@ -141,8 +147,9 @@ class Objective:
         """Draw noise and levels for ``batch`` and noise it, on the CPU."""
         latents = batch.latents.float()
         noise = draw_noise(self.noise, latents.shape, self.seed, step, micro)
-        turn = step * self.micro_steps + micro
-        levels = self.process.draw_levels(latents.shape, generator(self.seed, "levels", step, micro), turn)
+        dataset = batch.rows[0].dataset
+        drawing = self.drawing.get(dataset, self.process)
+        levels = drawing.draw_levels(latents.shape, generator(self.seed, "levels", step, micro), batch.before)
         noisy = self.process.add_noise(latents, noise.target, levels)
         if noise.input is not noise.target:
             noisy = replace(noisy, noisy_latents=self.process.add_noise(latents, noise.input, levels).noisy_latents)
@@ -150,7 +157,7 @@ class Objective:
             noisy = replace(noisy, emphasis=draw_masks(self.masked, batch.masks, self.seed, step, micro))
         conditioning = self.family.collate(batch.texts, self.null, batch.rows, self.pad_text_to)
         names = tuple(row.sample for row in batch.rows)
-        regularising = batch.rows[0].dataset in self.regularising
+        regularising = dataset in self.regularising
         question = Question(names, noisy, conditioning, regularising)
         if self.rollout is None or regularising:
             return question
