@@ -61,7 +61,7 @@ def _own(settings: DatasetSource, picture: Item, listing: Listing, source: Sourc
 
 def no_caption(settings: DatasetSource, source: Source) -> str:
     """Why a picture has no caption that a table should hold."""
-    table = settings.caption_table
+    table = settings.metadata_table
     if table is None:
         return f"{source.place} holds no caption for it"
     written = "with" if table.identifier_includes_extension else "without"

@@ -15,13 +15,13 @@ def open_source(settings: DatasetSource) -> Source:
         DatasetError: A library or credentials are missing, or the address is malformed.
     """
     source = _KINDS[settings.type](settings)
-    if settings.caption_table is not None:
-        from kubetuner.sources.captioned import Captioned, HoldsTables
+    if settings.metadata_table is not None:
+        from kubetuner.sources.described import Described, HoldsTables
 
         if not isinstance(source, HoldsTables):
             source.close()
-            raise DatasetError(f"caption_strategy parquet is not possible with type {settings.type}")
-        source = Captioned(source, settings.caption_table)
+            raise DatasetError(f"metadata_backend parquet is not possible with type {settings.type}")
+        source = Described(source, settings.metadata_table)
     if settings.paths is None or settings.type == "huggingface":  # a hub's rows are filtered by whoever reads them
         return source
     from kubetuner.sources.filters import FilteredByName
@@ -36,11 +36,11 @@ def located(settings: DatasetSource, cwd: Path) -> DatasetSource:
         return str((cwd / path).expanduser().resolve())
 
     if settings.type == "local":
-        captions = settings.caption_table
-        if captions is not None:
-            captions = captions.model_copy(update={"path": absolute(captions.path)})
+        beside = settings.metadata_table
+        if beside is not None:
+            beside = beside.model_copy(update={"path": absolute(beside.path)})
         return settings.model_copy(
-            update={"instance_data_dir": absolute(settings.instance_data_dir), "caption_table": captions}
+            update={"instance_data_dir": absolute(settings.instance_data_dir), "metadata_table": beside}
         )
     if settings.table is not None:
         table = settings.table.model_copy(update={"file": absolute(settings.table.file)})

@@ -28,6 +28,7 @@ from kubetuner.steps.planning.models import resolve_models
 from kubetuner.steps.planning.on_demand import on_demand_remarks
 from kubetuner.steps.planning.oversubscription import oversubscribe
 from kubetuner.steps.planning.page import page
+from kubetuner.steps.planning.told_sizes import size_remarks
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def make_plan(
     found = forecast(sections, measured) if predict_memory else None
     summary = _summary(sections, measured, epoch, costs, found)
     remarks = [*raised, *in_steps, *level_remarks(train), *filter_remarks(measured), *masks.remarks(run.data.masks)]
+    remarks += size_remarks({one.id: one.doubted for one in measured if one.doubted})
     remarks += on_demand_remarks(sections, measured)
     return Plan(sections, page(run, sections, measured, epoch, costs, remarks, found), summary, run)
 

@@ -4,6 +4,7 @@ from kubetuner.config.load import load
 from kubetuner.errors import ConfigError
 
 CONFIG = {"model_type": "full", "model_family": "sdxl"}
+SIZES = {"path": "x.parquet", "width_column": "w", "height_column": "h"}
 
 
 def image(**more):
@@ -119,8 +120,24 @@ def texts(**more):
             "parquet.path",
             "without a leading slash",
         ),
-        ({"metadata_backend": "parquet"}, "metadata_backend", "would only give sizes"),
-        ({"parquet": {"path": "x.parquet"}}, "parquet", "would not be used with caption_strategy filename"),
+        ({"metadata_backend": "parquet"}, "parquet", "is missing; metadata_backend parquet needs an object"),
+        ({"metadata_backend": "parquet", "parquet": {"path": "x.parquet"}}, "parquet", "tells neither captions"),
+        (
+            {"metadata_backend": "parquet", "parquet": {**SIZES, "caption_column": "text"}},
+            "parquet.caption_column",
+            "would not be used with caption_strategy filename",
+        ),
+        (
+            {"caption_strategy": "parquet", "parquet": {"path": "x.parquet", "width_column": "w"}},
+            "parquet.width_column",
+            "name both or none",
+        ),
+        (
+            {"type": "csv", "csv_file": "a.csv", "metadata_backend": "parquet", "parquet": SIZES},
+            "metadata_backend",
+            "sizes of type csv are in its own columns; remove it",
+        ),
+        ({"parquet": {"path": "x.parquet"}}, "parquet", "set caption_strategy or metadata_backend to parquet"),
         ({"skip_file_discovery": "vae latents"}, "skip_file_discovery", "names latents; expected words of vae, aspect"),
         ({"preserve_data_backend_cache": "true"}, "preserve_data_backend_cache", "true or false"),
         ({"max_num_samples": 0}, "max_num_samples", "at least 1"),
@@ -350,17 +367,20 @@ def test_captions_in_a_parquet_file() -> None:
     run = load(CONFIG, [image(caption_strategy="parquet", metadata_backend="parquet", parquet=block)])
     source = run.data.pictures[0].source
     assert source.caption_strategy == "parquet"
-    table = source.caption_table
+    table = source.metadata_table
     assert table is not None
     assert (table.path, table.filename_column, table.caption_columns) == ("captions.parquet", "key", ("long", "short"))
     assert (table.fallback_caption_column, table.identifier_includes_extension) == ("tags", True)
-    noted = [note for note in run.notes if "sizes are read from the pictures themselves" in note]
-    assert [note.partition(":")[0] for note in noted] == [
-        "multidatabackend.json[0].parquet.`width_column`",
-        "multidatabackend.json[0].parquet.`height_column`",
-    ]
+    assert (table.width_column, table.height_column) == ("w", "h")
     plain = load(CONFIG, [image(caption_strategy="parquet", parquet={"path": "c.parquet"})])
-    assert plain.data.pictures[0].source.caption_table.caption_columns == ("description",)
+    assert plain.data.pictures[0].source.metadata_table.caption_columns == ("description",)
+
+
+def test_a_parquet_file_may_tell_sizes_alone() -> None:
+    source = load(CONFIG, [image(metadata_backend="parquet", parquet=SIZES)]).data.pictures[0].source
+    assert source.caption_strategy == "filename"
+    assert source.metadata_table is not None
+    assert source.metadata_table.caption_columns == ()
 
 
 def test_max_upscale_threshold_may_be_the_runs() -> None:

@@ -256,7 +256,7 @@ def test_captions_in_a_table_of_the_bucket(bucket: storage.Bucket, proxy: Faulty
     bucket.blob("tables/captions.parquet").upload_from_filename(str(tmp_path / "captions.parquet"))
 
     def listed(path: str) -> Listing:
-        with closing(open_source(settings(caption_table={"path": path}, caption_strategy="parquet"))) as source:
+        with closing(open_source(settings(metadata_table={"path": path}, caption_strategy="parquet"))) as source:
             return source.listing()
 
     for path in ("tables/captions.parquet", f"gs://{BUCKET}/tables/captions.parquet"):

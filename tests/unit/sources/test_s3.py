@@ -214,7 +214,7 @@ def test_captions_in_a_table_of_the_bucket(put: Put, proxy: FaultyProxy, tmp_pat
 
     def found(path: str) -> dict[str, tuple[str, ...] | None]:
         table = {"path": path}
-        with closing(open_source(settings(proxy.url, caption_table=table, caption_strategy="parquet"))) as source:
+        with closing(open_source(settings(proxy.url, metadata_table=table, caption_strategy="parquet"))) as source:
             return {item.name: item.captions for item in source.listing().pictures}
 
     assert found("tables/captions.parquet") == {

@@ -11,7 +11,7 @@ from kubetuner.config.data_file.captions import read_filters, read_shuffle
 from kubetuner.config.data_file.crops import read_crop
 from kubetuner.config.data_file.keys import LATENTS_SCHEMA, MASK_SCHEMA, PICTURE_SCHEMA, TEXT_SCHEMA
 from kubetuner.config.data_file.masks import MaskData, MaskLinks
-from kubetuner.config.data_file.parquet import read_caption_table
+from kubetuner.config.data_file.parquet import read_metadata_table
 from kubetuner.config.data_file.sampling import Epochs, read_epochs, read_sampling
 from kubetuner.config.data_file.sources import flatten_hub, read_storage
 from kubetuner.config.keys import Values, plain_name, read
@@ -230,7 +230,7 @@ def _read_pictures(
     seen.masks.note(values, where, problems)
     storage = read_storage(values, run, where, problems)
     _check_captions(values, run, where, problems)
-    table = read_caption_table(values, str(storage["caption_strategy"]), where, problems, seen.notes)
+    table = read_metadata_table(values, str(storage["caption_strategy"]), where, problems)
     sampling = read_sampling(values, where, problems, seen.notes, facts=facts)
     geometry = _geometry(values, run, where, problems, seen.notes)
     vae_cache = read_vae_cache(values, run, where, problems, seen.notes)
@@ -251,7 +251,7 @@ def _read_pictures(
                 "max_num_samples",
             ),
             "instance_prompt": captions.texts("instance_prompt"),
-            "caption_table": table,
+            "metadata_table": table,
         }
     )
     return PictureData(

@@ -1,7 +1,7 @@
 """The keys of the entries of ``multidatabackend.json``."""
 
 from kubetuner.config.data_file import reasons
-from kubetuner.config.keys import Alias, Foreign, Key, Later, Rule, Schema, Unneeded, one_of
+from kubetuner.config.keys import Alias, Foreign, Key, Rule, Schema, Unneeded, one_of
 
 _TYPE = Key("str", one_of("local", "gcs", "huggingface", "csv", "aws"), refused=reasons.TYPES)
 PATH_MATCHES = one_of("auto", "contains", "glob", "regex", "exact")
@@ -15,7 +15,6 @@ _GENERATED = (
     "Masks and control pictures are not made on the fly (random_masks, canny, depth, …): masks are files, which can be "
     "looked at and are cached. Make them once and name their entry in conditioning_data."
 )
-_MEASURED = "sizes are read from the pictures themselves, which a table may have outlived"
 _LIKE_PICTURES = "masks are resized and cropped exactly as their pictures are"
 _WITH_PICTURES = "a mask is used whenever its picture is"
 _NO_CAPTIONS = "masks have no captions"
@@ -217,15 +216,15 @@ FILTER_PATH_SCHEMA = Schema(
 COMPOSITE_SCHEMA = Schema(
     rules={"enabled": Key("bool"), "image_count": Key("int", low=1), "select_index": Key("int", low=0)}
 )
-CAPTION_TABLE_SCHEMA = Schema(
+METADATA_TABLE_SCHEMA = Schema(
     rules={
         "path": Key("str"),
         "filename_column": Key("str"),
         "caption_column": Key("texts"),
         "fallback_caption_column": Key("str"),
         "identifier_includes_extension": Key("bool"),
-        "width_column": Unneeded("str", _MEASURED),
-        "height_column": Unneeded("str", _MEASURED),
+        "width_column": Key("str"),
+        "height_column": Key("str"),
     }
 )
 PICTURE_SCHEMA = Schema(rules={**_COMMON, **_STORAGE, **_PICTURES}, aliases=_ALIASES)

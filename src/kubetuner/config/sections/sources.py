@@ -53,15 +53,18 @@ class Bucket(Section):
     region: str = ""
 
 
-class CaptionTable(Section):
-    """A parquet file that holds the captions of pictures elsewhere (``caption_strategy: parquet``).
+class MetadataTable(Section):
+    """A parquet file that tells of pictures elsewhere (``metadata_backend: parquet``): their captions, sizes or both.
 
     Attributes:
         path: A file (``local``), a name in the bucket (``aws``, ``gcs``) or ``gs://bucket/name`` (``gcs``).
         filename_column: A picture's path below ``instance_data_dir``, or its name where no other has it.
-        caption_columns: ``caption_column``: where several hold a caption they are alternatives.
+        caption_columns: ``caption_column``: where several hold a caption they are alternatives. Empty where captions
+            come from elsewhere.
         fallback_caption_column: Read where they are all empty; empty for none.
         identifier_includes_extension: Whether ``filename_column`` has the files' extensions.
+        width_column: Pixels of the upright picture, so that the plan need not open it; empty to have it measured.
+        height_column: Likewise.
     """
 
     path: str
@@ -69,6 +72,8 @@ class CaptionTable(Section):
     caption_columns: tuple[str, ...] = ("description",)
     fallback_caption_column: str = ""
     identifier_includes_extension: bool = False
+    width_column: str = ""
+    height_column: str = ""
 
 
 class PathFilter(Section):
@@ -130,7 +135,7 @@ class DatasetSource(Section):
         table: With ``csv``.
         hub: With ``huggingface``.
         bucket: With ``aws``.
-        caption_table: With ``caption_strategy: parquet``.
+        metadata_table: With ``metadata_backend: parquet``.
         paths: Which pictures are taken in, by name; ``None`` for all.
         rows: Which rows of a ``huggingface`` dataset are taken in; ``None`` for all.
         composite: With pictures that stand side by side; ``None`` where a file is one picture.
@@ -153,7 +158,7 @@ class DatasetSource(Section):
     table: TableColumns | None = None
     hub: HubDataset | None = None
     bucket: Bucket | None = None
-    caption_table: CaptionTable | None = None
+    metadata_table: MetadataTable | None = None
     paths: PathFilter | None = None
     rows: RowFilter | None = None
     composite: Composite | None = None

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from kubetuner.sources.filters import KEY as FILTER_KEY
 from kubetuner.sources.filters import FilterError, nothing_left
 from kubetuner.sources.subset import subset
 from kubetuner.sources.switch import located, open_source
+from kubetuner.steps.planning.told_sizes import doubt
 from kubetuner.threads import in_threads
 
 _NAMED = 5
@@ -33,6 +34,7 @@ class Measured:
         source: Its source, with local paths absolute and the revision and newest file of the listing.
         buckets: Target sizes (width, height) of the usable pictures, by bucket.
         filtered: What ``filter_func`` has left out of the listing.
+        doubted: Why the sizes that a table tells are not believed; empty where they are, or there is none.
         skipped: Name and reason of pictures that cannot be used.
         unreadable: Those among them that are no pictures or damaged; the others are left out by limits.
     """
@@ -41,6 +43,7 @@ class Measured:
     source: DatasetSource
     buckets: dict[str, list[Size]] = field(default_factory=dict)
     filtered: tuple[Filtered, ...] = ()
+    doubted: str = ""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     exists: bool = True
@@ -88,9 +91,8 @@ def measure(entry: PictureData, cwd: Path, problems: list[Problem], masks: Masks
     return measured
 
 
-def _measure(source: Source, measured: Measured, problems: list[Problem], masks: Masks | None) -> None:
-    from kubetuner.data.geometry import LeftOut, place
-
+def _list(source: Source, measured: Measured, problems: list[Problem]) -> Listing | None:
+    """The dataset's files, which ``measured`` is pinned to; ``None`` and a problem where there are none."""
     where = measured.entry.where
     try:
         listing = source.listing()
@@ -98,22 +100,37 @@ def _measure(source: Source, measured: Measured, problems: list[Problem], masks:
         measured.exists = False
         key = FILTER_KEY if isinstance(error, FilterError) else source.key
         problems.append(Problem(f"{where}.{key}", f"{error}."))
-        return
+        return None
     pinned = {"revision": listing.revision, "newest": listing.newest}
     measured.source = measured.source.model_copy(update=pinned)
     measured.filtered = listing.filtered
-    if not listing.pictures:
-        measured.exists = False
-        message = f"{source.place} holds no pictures; put pictures there or correct the path."
-        nothing = nothing_left(listing, source.place)
-        key = FILTER_KEY if nothing else source.key
-        problems.append(Problem(f"{where}.{key}", f"{nothing}." if nothing else message))
+    if listing.pictures:
+        return listing
+    measured.exists = False
+    message = f"{source.place} holds no pictures; put pictures there or correct the path."
+    nothing = nothing_left(listing, source.place)
+    key = FILTER_KEY if nothing else source.key
+    problems.append(Problem(f"{where}.{key}", f"{nothing}." if nothing else message))
+    return None
+
+
+def _measure(source: Source, measured: Measured, problems: list[Problem], masks: Masks | None) -> None:
+    from kubetuner.data.geometry import LeftOut, place
+
+    listing = _list(source, measured, problems)
+    if listing is None:
         return
     pictures = subset(listing.pictures, measured.id, measured.source.max_num_samples)
     if masks is not None:
         masks.look(pictures)
     composite = measured.source.composite
-    sizes = in_threads(lambda item: sample_size(source, item, composite), pictures, source.readers, "plan")
+    if measured.source.metadata_table is not None:
+        measured.doubted = doubt(pictures, lambda item: size_of(source, item))
+
+    def sized(item: Item) -> Size | str:
+        return sample_size(source, replace(item, pixels=None) if measured.doubted else item, composite)
+
+    sizes = in_threads(sized, pictures, source.readers, "plan")
     targets: dict[Size, Size] = {}
     with Progress(f"plan {measured.id}", len(pictures), "pictures") as progress:
         for item, size in zip(pictures, sizes, strict=True):

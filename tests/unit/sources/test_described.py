@@ -1,4 +1,4 @@
-"""Captions in a parquet file, for pictures in a folder."""
+"""Captions and sizes in a parquet file, for pictures in a folder."""
 
 import io
 import os
@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 
 from kubetuner.artifacts import Sample, read_rows
-from kubetuner.config.sections.sources import CaptionTable
+from kubetuner.config.sections.sources import MetadataTable
 from kubetuner.errors import ConfigError, DatasetError
 from kubetuner.sources.base import Item
-from kubetuner.sources.captioned import identifiers, read_captions
+from kubetuner.sources.described import identifiers, read_captions, read_sizes
 from kubetuner.steps.download_dataset import download_dataset
 from kubetuner.steps.plan import make_plan
+from kubetuner.steps.planning import told_sizes
 
 CONFIG = {"model_type": "full", "model_family": "pixart_sigma", "train_batch_size": 2, "max_train_steps": 10}
 
@@ -27,8 +28,8 @@ def parquet(columns: Mapping[str, Sequence[object]]) -> bytes:
     return stream.getvalue()
 
 
-def table(**more: object) -> CaptionTable:
-    return CaptionTable.model_validate({"path": "t.parquet", **more})
+def table(**more: object) -> MetadataTable:
+    return MetadataTable.model_validate({"path": "t.parquet", **more})
 
 
 def test_rows_are_found_by_their_identifier() -> None:
@@ -89,7 +90,7 @@ def make_folder(root: Path, count: int = 4) -> None:
 
 
 def entry(**more: object) -> dict[str, object]:
-    block = {"path": "captions.parquet", "caption_column": "text", "width_column": "w", "height_column": "h"}
+    block = {"path": "captions.parquet", "caption_column": "text"}
     return {
         "id": "set", "instance_data_dir": "pictures", "resolution": 128, "caption_strategy": "parquet",
         "metadata_backend": "parquet", "parquet": block, **more,
@@ -99,17 +100,15 @@ def entry(**more: object) -> dict[str, object]:
 def test_plan_and_download_agree_and_a_table_that_changes_is_found_out(tmp_path: Path) -> None:
     make_folder(tmp_path)
     path = tmp_path / "captions.parquet"
-    # Wrong sizes in the table do not matter: they are read from the pictures.
-    path.write_bytes(parquet({"id": ["0", "deep/1", "2", "3"], "text": list("abcd"), "w": [1] * 4, "h": [9] * 4}))
+    path.write_bytes(parquet({"id": ["0", "deep/1", "2", "3"], "text": list("abcd")}))
     plan = make_plan(CONFIG, [entry()], cwd=tmp_path)
     assert plan.summary["buckets"] == {"set": {"1.0": 4}}
-    assert "sizes are read from the pictures themselves" in plan.markdown
     first = download_dataset(plan.sections.download, tmp_path / "out")
     rows = list(read_rows(tmp_path / "out", "samples.jsonl", Sample))
     assert [(row.id, row.captions) for row in rows] == [
         ("set/0.png", ("a",)), ("set/2.png", ("c",)), ("set/deep/1.png", ("b",)), ("set/deep/3.png", ("d",)),
     ]  # fmt: skip
-    path.write_bytes(parquet({"id": ["0", "deep/1", "2", "3"], "text": list("abcx"), "w": [1] * 4, "h": [9] * 4}))
+    path.write_bytes(parquet({"id": ["0", "deep/1", "2", "3"], "text": list("abcx")}))
     os.utime(path, ns=(2**61, 2**61))
     with pytest.raises(DatasetError, match=r"written since: .*captions\.parquet"):
         download_dataset(plan.sections.download, tmp_path / "out")
@@ -136,3 +135,48 @@ def test_a_table_that_is_not_there(tmp_path: Path) -> None:
     make_folder(tmp_path)
     with pytest.raises(ConfigError, match=r"captions\.parquet cannot be read"):
         make_plan(CONFIG, [entry()], cwd=tmp_path)
+
+
+def test_sizes_are_whole_numbers_above_zero() -> None:
+    sized = table(width_column="w", height_column="h")
+    data = parquet({"id": [1, 2, 3, 3, None], "w": [10, None, 5, 6, 7], "h": [20, 9, 5, 6, 7]})
+    assert read_sizes(data, sized) == {"1": (10, 20), "3": (6, 6)}
+    assert read_sizes(parquet({"id": [1, 2], "w": [0, 4], "h": [3, -4]}), sized) == {}
+    assert read_sizes(parquet({"id": [1], "w": ["10"], "h": [10.5]}), sized) == {}
+    with pytest.raises(DatasetError, match="no column 'h'; it has id, w"):
+        read_sizes(parquet({"id": [1], "w": [1]}), sized)
+
+
+def sized_entry(**more: object) -> dict[str, object]:
+    block = {"path": "sizes.parquet", "width_column": "w", "height_column": "h"}
+    return entry(caption_strategy="filename", parquet=block, **more)
+
+
+def test_sizes_that_a_table_tells_save_opening_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path, 8)
+    names = [f"{'deep/' if index % 2 else ''}{index}" for index in range(8)]
+    sizes = {"id": names, "w": [128] * 7 + [None], "h": [128] * 8}
+    (tmp_path / "sizes.parquet").write_bytes(parquet(sizes))
+    monkeypatch.setattr(told_sizes, "CHECKED", 2)
+    for index in (1, 2, 3, 5, 6):  # Neither one of the two that are checked nor the one without a size.
+        path = tmp_path / "pictures" / f"{names[index]}.png"
+        path.write_bytes(b"no picture" * 100)
+
+    plan = make_plan(CONFIG, [sized_entry()], cwd=tmp_path)
+
+    assert plan.summary["buckets"] == {"set": {"1.0": 8}}
+    assert "measured instead" not in plan.markdown
+
+
+@pytest.mark.parametrize("told", [(64, 256), (129, 128)])
+def test_a_table_that_tells_one_wrong_size_is_not_believed(tmp_path: Path, told: tuple[int, int]) -> None:
+    make_folder(tmp_path)
+    names = ["0", "deep/1", "2", "deep/3"]
+    sizes = {"id": names, "w": [128, 128, told[0], 128], "h": [128, 128, told[1], 128]}
+    (tmp_path / "sizes.parquet").write_bytes(parquet(sizes))
+
+    plan = make_plan(CONFIG, [sized_entry()], cwd=tmp_path)
+
+    assert plan.summary["buckets"] == {"set": {"1.0": 4}}
+    expected = f"`set`: the table says {told[0]}x{told[1]} of 2.png, which is 128x128; every picture was measured"
+    assert expected in plan.markdown
