@@ -216,6 +216,16 @@ def test_links_that_lead_nowhere_are_named(root: Path, target: str) -> None:
     assert skipped(artifact)["set/link.png"].startswith("cannot be read (")
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_is_named_and_not_waited_for(root: Path, kind: str) -> None:
+    """A pipe nobody writes to would be read for ever, and a device without end."""
+    os.mkfifo(root / "odd.png") if kind == "pipe" else (root / "odd.png").symlink_to("/dev/zero")
+    assert "`set/odd.png`: is not a file but a pipe, a device or the like" in planned(root).markdown
+    artifact, samples = downloaded(root)
+    assert len(samples) == 3
+    assert skipped(artifact) == {"set/odd.png": "is not a file but a pipe, a device or the like"}
+
+
 def test_a_circle_of_folders_ends(root: Path) -> None:
     (root / "deep").mkdir()
     (root / "deep" / "up").symlink_to(root)
