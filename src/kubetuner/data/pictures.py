@@ -16,14 +16,11 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
 
-from kubetuner.data.geometry import Placement
+from kubetuner.data.geometry import MAX_PIXELS, Placement
 from kubetuner.errors import ArtifactError, DatasetError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# Above this a picture is refused: a few kilobytes can claim to be gigapixels.
-MAX_PIXELS = 89_478_485
 
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
