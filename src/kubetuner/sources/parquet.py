@@ -156,7 +156,7 @@ class ParquetPictures:
             cells = cells or [{}] * table.metadata.row_group(group).num_rows
             for row, cell in enumerate(cells):
                 path = str((cell.get(hub.image_column) or {}).get("path") or "").lstrip("/")
-                size = (cell["width"], cell["height"]) if sized and cell["width"] and cell["height"] else None
+                size = _trusted(cell["width"], cell["height"]) if sized else None
                 rows.append((path, _Place(index, group, row), captions_of(cell.get(hub.caption_column)), size))
         return rows
 
@@ -175,6 +175,11 @@ class ParquetPictures:
     def _open_whole(self, index: int) -> "ParquetFile":
         file = self._files[index]
         return _parquet(file, retrying(f"reading {file.path}", lambda: _download(file, self._fetch)))
+
+
+def _trusted(width: int | None, height: int | None) -> tuple[int, int] | None:
+    """A row's (width, height), unless no picture is like that: then the picture itself is measured."""
+    return (width, height) if width and height and width > 0 and height > 0 else None
 
 
 def _parquet(file: HubFile, stream: IO[bytes] | io.BufferedIOBase) -> "ParquetFile":

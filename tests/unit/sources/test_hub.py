@@ -269,8 +269,31 @@ def test_a_folder_without_the_captions_asked_for_stops_the_plan(
     entry = {
         "id": "set", "type": "huggingface", "dataset_name": NAME, "resolution": 128, "caption_column": "text",
     }  # fmt: skip
-    with pytest.raises(ConfigError, match=r"caption_strategy: is huggingface, but no picture has a caption there"):
+    with pytest.raises(ConfigError, match=r"none of its 6 pictures is usable .*_0\.png: alice/rings holds no caption"):
         make_plan(CONFIG, [entry], cwd=tmp_path)
+
+
+def test_the_plan_does_not_count_rows_without_a_caption(hub: DatasetHub, proxy: FaultyProxy, tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": png(1), "path": f"{index}.png"}, "text": ["a", None][index]} for index in range(2)]
+    hub.repos[NAME].commit({"train.parquet": table(rows)})
+    entry = {
+        "id": "set", "type": "huggingface", "dataset_name": NAME, "resolution": 128, "caption_column": "text",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"too few: .* = 1, needs repeats 1\.(?s:.*)1\.png: alice/rings holds no caption"):
+        make_plan(CONFIG, [entry], cwd=tmp_path)
+    plan = make_plan(CONFIG | {"train_batch_size": 1, "max_skipped_share": 0.5}, [entry], cwd=tmp_path)
+    assert plan.summary["samples"] == {"set": 1}
+    assert download_dataset(plan.sections.download, tmp_path / "out").num_samples == 1
+
+
+@pytest.mark.parametrize("width", [-400, 0, None])
+def test_a_size_that_no_picture_has_is_measured(
+    hub: DatasetHub, proxy: FaultyProxy, tmp_path: Path, width: int | None
+) -> None:
+    rows = [{"image": {"bytes": png(index)}, "width": (width, 400)[index], "height": 320} for index in range(2)]
+    hub.repos[NAME].commit({"part.parquet": table(rows)})
+    entry = {"id": "set", "type": "huggingface", "dataset_name": NAME, "resolution": 128}
+    assert make_plan(CONFIG, [entry], cwd=tmp_path).summary["buckets"] == {"set": {"1.0": 2}}
 
 
 def test_a_hub_that_fails_for_good_is_named_also_inside_a_table(

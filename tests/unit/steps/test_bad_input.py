@@ -170,7 +170,7 @@ def test_unusual_pictures_are_used_as_they_look(root: Path, name: str, save: Any
 def test_too_many_unreadable_pictures_are_found_by_the_plan(root: Path) -> None:
     for index in range(4):
         (root / f"bad_{index}.png").write_bytes(b"no")
-    with pytest.raises(ConfigError, match=r"4 of 7 pictures cannot be read .*bad_0\.png: not a picture.*max_skipped"):
+    with pytest.raises(ConfigError, match=r"4 of 7 pictures cannot be used .*bad_0\.png: not a picture.*max_skipped"):
         planned(root)
 
 

@@ -31,7 +31,7 @@ class Measured:
         source: Its source, with local paths absolute and the revision and newest file of the listing.
         buckets: Target sizes (width, height) of the usable pictures, by bucket.
         skipped: Name and reason of pictures that cannot be used.
-        unreadable: Those among them that are no pictures or damaged; the others are left out by limits.
+        unreadable: Those among them that are damaged or lack a caption; the others are left out by limits.
     """
 
     entry: PictureData
@@ -52,7 +52,7 @@ class Measured:
         return sum(len(sizes) for sizes in self.buckets.values())
 
     def lose(self, name: str, reason: str) -> None:
-        """Leave out a picture that is none, or damaged."""
+        """Leave out a picture that is none, damaged or without a caption."""
         self.skipped.append((name, reason))
         self.unreadable.append(name)
 
@@ -149,7 +149,8 @@ def _uncaptioned(source: Source, measured: Measured, item: Item) -> str:
     from kubetuner.data.captions import no_caption
 
     settings = measured.source
-    if item.captions is not None or settings.caption_strategy != "parquet" or settings.only_instance_prompt:
+    beside = settings.caption_strategy in ("filename", "textfile", "instanceprompt")
+    if item.captions is not None or beside or settings.only_instance_prompt:
         return ""
     return no_caption(settings, source)
 
@@ -159,11 +160,7 @@ def _check_captions(pictures: Sequence[Item], listing: Listing, measured: Measur
 
     settings = measured.source
     where = f"{measured.entry.where}.caption_strategy"
-    if settings.only_instance_prompt or settings.caption_strategy in ("filename", "instanceprompt", "parquet"):
-        return
-    if settings.caption_strategy != "textfile":
-        if all(item.captions is None for item in pictures):
-            problems.append(Problem(where, f"is {settings.caption_strategy}, but no picture has a caption there."))
+    if settings.only_instance_prompt or settings.caption_strategy != "textfile":
         return
     missing = [item.name for item in pictures if text_name(item) not in listing.texts]
     if missing:
@@ -226,17 +223,18 @@ def _times_processes(train: TrainSection) -> str:
 
 
 def unreadable_problems(measured: Measured, most: float) -> list[Problem]:
-    """More pictures than ``max_skipped_share`` cannot be read, so ``download_dataset`` would stop."""
+    """More pictures than ``max_skipped_share`` cannot be used, so ``download_dataset`` would stop."""
     total = measured.samples + len(measured.skipped)
     lost = len(measured.unreadable)
     if not measured.samples or lost <= most * total:
         return []
-    told = [f"{on_one_line(name)}: {reason}" for name, reason in measured.skipped if name in measured.unreadable]
+    first = measured.unreadable[:_NAMED]
+    told = [f"{on_one_line(name)}: {reason}" for name, reason in measured.skipped if name in first]
     message = (
-        f"{lost} of {total} pictures cannot be read ({'; '.join(told[:_NAMED])}); mend or remove them, or raise "
+        f"{lost} of {total} pictures cannot be used ({'; '.join(told)}); mend or remove them, or raise "
         f"max_skipped_share (now {most:g}) in config.json."
     )
-    return [Problem(f"{measured.entry.where}.instance_data_dir", message)]
+    return [Problem(measured.entry.where, message)]
 
 
 def steps_per_epoch(measured: Sequence[Measured], train: TrainSection) -> int:
