@@ -12,9 +12,9 @@ from urllib.parse import quote
 
 from kubetuner.config.sections.sources import DatasetSource
 from kubetuner.errors import DatasetError
-from kubetuner.sources.base import Item, Listing, PassingError, folder_listing, retrying, verify
+from kubetuner.sources.base import Item, Listing, PassingError, folder_listing, is_picture, retrying, verify
 from kubetuner.sources.hub_metadata import folder_captions
-from kubetuner.sources.parquet import HubFile, ParquetPictures, split_files
+from kubetuner.sources.parquet import HubFile, ParquetPictures, folder_split, split_files
 from kubetuner.sources.web import RefusedError, Web
 
 if TYPE_CHECKING:
@@ -68,14 +68,7 @@ class HubSource:
         self._files = {file.name: file for file in files if file.path.startswith(self._prefix)}
         tables = split_files(list(self._files.values()), self._hub.split)
         if not tables:
-            captions = self._captions()
-            return folder_listing(
-                (
-                    Item(file.name, file.size, self._commit, checksum=file.checksum, captions=captions.get(file.name))
-                    for file in self._files.values()
-                ),
-                self._commit,
-            )
+            return self._folder()
         self._tables = ParquetPictures(tables, self._hub, self._fetch)
         return self._tables.listing(self._commit)
 
@@ -102,6 +95,19 @@ class HubSource:
     def _file(self, entry: "RepoFile") -> HubFile:
         checksum = f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git:{entry.blob_id}"
         return HubFile(entry.path.removeprefix(self._prefix), entry.path, entry.size, checksum)
+
+    def _folder(self) -> Listing:
+        """Pictures that are files of their own."""
+        captions = self._captions()
+        within = folder_split([name for name in self._files if is_picture(name)], self._hub.split)
+        return folder_listing(
+            (
+                Item(file.name, file.size, self._commit, checksum=file.checksum, captions=captions.get(file.name))
+                for file in self._files.values()
+                if file.name.startswith(within)
+            ),
+            self._commit,
+        )
 
     def _captions(self) -> dict[str, tuple[str, ...]]:
         if not self._hub.caption_column:

@@ -1,4 +1,4 @@
-"""Captions of a hub folder: ``metadata.jsonl`` or ``metadata.csv`` beside the pictures.
+"""Captions of a hub folder: ``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet`` beside the pictures.
 
 Its column ``file_name`` holds paths relative to its own folder, as the hub's image folders have it.
 """
@@ -6,13 +6,14 @@ Its column ``file_name`` holds paths relative to its own folder, as the hub's im
 import csv
 import io
 import json
+import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from kubetuner.errors import DatasetError
-from kubetuner.sources.parquet import HubFile
+from kubetuner.sources.parquet import METADATA_TABLE, HubFile
 from kubetuner.sources.table import captions_of
 
-_NAMES = ("metadata.jsonl", "metadata.csv")
+_NAMES = ("metadata.jsonl", "metadata.csv", METADATA_TABLE)
 _FILE_COLUMN = "file_name"
 
 
@@ -35,11 +36,14 @@ def folder_captions(
                 raise DatasetError(f"{file.path}: row {number} has no column {' and '.join(missing)}; it has {known}")
             captions = captions_of(row[column])
             if captions is not None:
-                found[f"{folder}{slash}{row[_FILE_COLUMN]}"] = captions
+                found[f"{folder}{slash}{posixpath.normpath(str(row[_FILE_COLUMN]))}"] = captions
     return found
 
 
 def _rows(file: HubFile, data: bytes) -> Iterator[Mapping[str, object]]:
+    if file.name.endswith(".parquet"):
+        yield from _table_rows(file, data)
+        return
     try:
         text = data.decode("utf-8-sig")
         if file.name.endswith(".csv"):
@@ -50,4 +54,16 @@ def _rows(file: HubFile, data: bytes) -> Iterator[Mapping[str, object]]:
             if isinstance(row, dict):
                 yield row
     except (UnicodeDecodeError, ValueError, csv.Error) as error:
+        raise DatasetError(f"{file.path} is damaged ({error})") from error
+
+
+def _table_rows(file: HubFile, data: bytes) -> Iterator[Mapping[str, object]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(pa.BufferReader(data)) as table:
+            for batch in table.iter_batches():
+                yield from batch.to_pylist()
+    except pa.ArrowException as error:
         raise DatasetError(f"{file.path} is damaged ({error})") from error

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 32 << 20
 _GROUPS_KEPT, _FILES_KEPT = 4, 2
 _LISTED_AT_ONCE = 8
+METADATA_TABLE = "metadata.parquet"
+"""Describes the pictures beside it and holds none."""
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
@@ -60,7 +62,7 @@ def split_files(files: Sequence[HubFile], split: str) -> list[HubFile]:
     Raises:
         DatasetError: There are parquet files, and none is of this split.
     """
-    tables = sorted((file for file in files if file.name.lower().endswith(".parquet")), key=lambda file: file.name)
+    tables = sorted((file for file in files if _holds_pictures(file.name)), key=lambda file: file.name)
     words = {file.name: {re.split(r"[-_.]", part)[0] for part in file.name.split("/")} for file in tables}
     found = [file for file in tables if split in words[file.name]]
     named = sorted({word for each in words.values() for word in each if word in _SPLITS})
@@ -68,6 +70,29 @@ def split_files(files: Sequence[HubFile], split: str) -> list[HubFile]:
         there = ", ".join(named) or "train, as no file is named after a split"
         raise DatasetError(f"it has no parquet file of split {split!r} (there are: {there}); check split")
     return found or tables
+
+
+def _holds_pictures(name: str) -> bool:
+    return name.lower().endswith(".parquet") and name.rpartition("/")[2] != METADATA_TABLE
+
+
+def folder_split(pictures: Sequence[str], split: str) -> str:
+    """The folder, with a ``/``, that holds the pictures of ``split``; empty where folders are not named after splits.
+
+    They are where each picture is in one that is: ``train/1.png``, ``test/2.png``. Beside a folder ``boat``, one called
+    ``train`` is a subject.
+
+    Raises:
+        DatasetError: They are, and none is of this split.
+    """
+    folders = {name.partition("/")[0] if "/" in name else "" for name in pictures}
+    if len(folders) < 2 or not folders <= set(_SPLITS):
+        return ""
+    if split not in folders:
+        raise DatasetError(
+            f"it has no folder of split {split!r} (there are: {', '.join(sorted(folders))}); check split"
+        )
+    return f"{split}/"
 
 
 @dataclass(frozen=True)

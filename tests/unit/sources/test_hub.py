@@ -238,12 +238,14 @@ def test_metadata_files_of_a_folder_hold_captions(hub: DatasetHub, opened: Open)
             "metadata.jsonl": ('{"file_name": "a.png", "text": "ein\u2028Ring"}\n\n'
             '{"file_name": "b.png", "text": ["x", "y"]}').encode(),
             "a.png": b"", "b.png": b"", "c.png": b"",
-            "deep/metadata.csv": b'file_name,text\nd.png,"one, two"\n', "deep/d.png": b"",
+            "deep/metadata.csv": b'file_name,text\n./d.png,"one, two"\n', "deep/d.png": b"",
+            "far/metadata.parquet": table([{"file_name": "e.png", "text": ["y", "z"]}]), "far/e.png": b"",
         }
     )  # fmt: skip
     found = {item.name: item.captions for item in opened(hub={"caption_column": "text"}).listing().pictures}
     assert found == {
         "a.png": ("ein\u2028Ring",), "b.png": ("x", "y"), "c.png": None, "deep/d.png": ("one, two",),
+        "far/e.png": ("y", "z"),
     }  # fmt: skip
     assert {item.captions for item in opened().listing().pictures} == {None}
 
@@ -253,6 +255,7 @@ def test_metadata_files_of_a_folder_hold_captions(hub: DatasetHub, opened: Open)
     [
         ("metadata.jsonl", b'{"file_name": "a.png"}', "row 1 has no column 'text'; it has file_name"),
         ("metadata.jsonl", b"{", "metadata.jsonl is damaged"),
+        ("metadata.parquet", b"PAR1", "metadata.parquet is damaged"),
         ("metadata.csv", b"name,text\na.png,x", "row 1 has no column 'file_name'; it has name, text"),
     ],
 )
@@ -260,6 +263,30 @@ def test_damaged_metadata_is_named(hub: DatasetHub, opened: Open, name: str, con
     hub.repos[NAME].commit({name: content, "a.png": b""})
     with pytest.raises(DatasetError, match=message):
         opened(hub={"caption_column": "text"}).listing()
+
+
+@pytest.mark.parametrize(
+    ("split", "folders", "found"),
+    [
+        ("train", ("train", "test"), ["train/a.png"]),
+        ("test", ("train", "test"), ["test/a.png"]),
+        ("train", ("train", "boat"), ["boat/a.png", "train/a.png"]),
+        ("train", ("test",), ["test/a.png"]),
+    ],
+)
+def test_folders_that_are_all_named_after_splits_are_splits(
+    hub: DatasetHub, opened: Open, split: str, folders: tuple[str, ...], found: list[str]
+) -> None:
+    hub.repos[NAME].commit({f"{folder}/a.{kind}": b"" for folder in folders for kind in ("png", "txt")})
+    listing = opened(hub={"split": split}).listing()
+    assert [item.name for item in listing.pictures] == found
+    assert sorted(listing.texts) == [name.replace("png", "txt") for name in found]
+
+
+def test_a_split_without_a_folder_is_refused(hub: DatasetHub, opened: Open) -> None:
+    hub.repos[NAME].commit({"train/a.png": b"", "test/a.png": b""})
+    with pytest.raises(DatasetError, match=r"no folder of split 'val' \(there are: test, train\); check split"):
+        opened(hub={"split": "val"}).listing()
 
 
 def test_a_folder_without_the_captions_asked_for_stops_the_plan(
@@ -279,7 +306,9 @@ def test_the_plan_does_not_count_rows_without_a_caption(hub: DatasetHub, proxy: 
     entry = {
         "id": "set", "type": "huggingface", "dataset_name": NAME, "resolution": 128, "caption_column": "text",
     }  # fmt: skip
-    with pytest.raises(ConfigError, match=r"too few: .* = 1, needs repeats 1\.(?s:.*)1\.png: alice/rings holds no caption"):
+    with pytest.raises(
+        ConfigError, match=r"too few: .* = 1, needs repeats 1\.(?s:.*)1\.png: alice/rings holds no caption"
+    ):
         make_plan(CONFIG, [entry], cwd=tmp_path)
     plan = make_plan(CONFIG | {"train_batch_size": 1, "max_skipped_share": 0.5}, [entry], cwd=tmp_path)
     assert plan.summary["samples"] == {"set": 1}
