@@ -88,6 +88,8 @@ def read_file(root: Path, item: Item, length: int = -1) -> bytes:
             status = os.fstat(file.fileno())
     except OSError as error:
         raise ItemError(f"cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # a zero in a name that a table gives
+        raise ItemError(f"cannot be read ({error})") from error
     if (str(status.st_mtime_ns), status.st_size) != (item.version, item.size):
         raise DatasetError(f"{root / item.name} was replaced while the step ran; run it again")
     return data

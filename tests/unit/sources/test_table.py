@@ -180,6 +180,17 @@ def test_one_dead_address_is_a_skip(proxy: FaultyProxy, tmp_path: Path) -> None:
             source.read(other)
 
 
+@pytest.mark.parametrize("address", ["http://[bad/a.png?key=secret", "a\0b.png", "https:///a.png", "http://a b/c.png"])
+def test_an_address_that_is_none_is_a_skip(proxy: FaultyProxy, tmp_path: Path, address: str) -> None:
+    table = write(tmp_path / "t.parquet", (address, "x"), (f"{proxy.url}/1.png", "y"))
+    with closing(TableSource(settings(table))) as source:
+        bad, good = sorted(source.listing().pictures, key=lambda item: item.name.endswith("1.png"))
+        assert "secret" not in bad.name
+        with pytest.raises(ItemError, match="cannot be"):
+            source.header(bad, 100)
+        assert source.read(good)
+
+
 def test_plan_measures_over_the_web(proxy: FaultyProxy, tmp_path: Path) -> None:
     write(tmp_path / "t.csv", *((f"{proxy.url}/{index}.png", "x") for index in range(3)))
     config = {"model_type": "full", "model_family": "pixart_sigma", "train_batch_size": 2, "max_train_steps": 10}
