@@ -120,6 +120,15 @@ def is_text(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in CAPTION_EXTENSIONS and not _hidden(name)
 
 
+def name_fault(name: str) -> str:
+    """Why a picture called ``name`` cannot be used, or nothing."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # it would have no place in a JSON file
+        return "its name is not UTF-8; rename it"
+    return ""
+
+
 def _hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 

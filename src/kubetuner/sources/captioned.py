@@ -88,7 +88,7 @@ def read_captions(data: bytes, table: CaptionTable) -> dict[str, tuple[str, ...]
                 for row in batch.to_pylist():
                     if row[table.filename_column] is not None:
                         found[str(row[table.filename_column]).strip()] += _captions(row, table)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DatasetError(f"{table.path} is no readable parquet file ({error}); check parquet.path") from error
     return {name: tuple(dict.fromkeys(texts)) for name, texts in found.items() if texts}
 

@@ -65,5 +65,5 @@ def _table_rows(file: HubFile, data: bytes) -> Iterator[Mapping[str, object]]:
         with pq.ParquetFile(pa.BufferReader(data)) as table:
             for batch in table.iter_batches():
                 yield from batch.to_pylist()
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DatasetError(f"{file.path} is damaged ({error})") from error

@@ -225,7 +225,7 @@ def _naming(file: HubFile) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{file.path} cannot be read as parquet ({first_line(error)})") from error
 
 

@@ -154,7 +154,7 @@ def _parquet_rows(path: Path, columns: TableColumns) -> Iterator[Row]:
             for batch in table.iter_batches(columns=wanted):
                 for row in batch.to_pylist():
                     yield str(row[columns.url_column] or "").strip(), captions_of(row.get(columns.caption_column))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} is no readable parquet file ({error}); check csv_file") from error
 
 

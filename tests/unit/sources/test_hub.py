@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -281,6 +282,39 @@ def test_folders_that_are_all_named_after_splits_are_splits(
     listing = opened(hub={"split": split}).listing()
     assert [item.name for item in listing.pictures] == found
     assert sorted(listing.texts) == [name.replace("png", "txt") for name in found]
+
+
+def test_a_caption_that_is_no_text_is_a_skip(hub: DatasetHub, proxy: FaultyProxy, tmp_path: Path) -> None:
+    lines = b'{"file_name": "a.png", "text": "half \\ud800 a sign"}\n{"file_name": "b.png", "text": "whole"}'
+    hub.repos[NAME].commit({"metadata.jsonl": lines, "a.png": png(1), "b.png": png(2)})
+    entry = {
+        "id": "set", "type": "huggingface", "dataset_name": NAME, "resolution": 128, "caption_column": "text",
+    }  # fmt: skip
+    plan = make_plan(CONFIG | {"train_batch_size": 1, "max_skipped_share": 0.5}, [entry], cwd=tmp_path)
+    assert plan.summary["samples"] == {"set": 1}
+    artifact = download_dataset(plan.sections.download, tmp_path / "out")
+    assert [skip.name for skip in artifact.skipped] == ["set/a.png"]
+    assert "not Unicode" in artifact.skipped[0].reason
+
+
+def latin_words(count: int) -> pa.Array:
+    """Strings that are not UTF-8, as some writers leave them."""
+    offsets = pa.py_buffer(struct.pack(f"{count + 1}i", *(4 * number for number in range(count + 1))))
+    return pa.StringArray.from_buffers(count, offsets, pa.py_buffer(b"caf\xe9" * count))
+
+
+def test_text_that_is_not_utf8_names_the_file(hub: DatasetHub, opened: Open) -> None:
+    rows = pa.table({"image": [{"bytes": png(1), "path": "a.png"}], "text": latin_words(1)})
+    stream = io.BytesIO()
+    pq.write_table(rows, stream)
+    hub.repos[NAME].commit({"train.parquet": stream.getvalue()})
+    with pytest.raises(DatasetError, match=r"train\.parquet cannot be read as parquet \('utf-8' codec"):
+        opened(hub={"caption_column": "text"}).listing()
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"file_name": ["a.png"], "text": latin_words(1)}), stream)
+    hub.repos[NAME].commit({"metadata.parquet": stream.getvalue(), "a.png": b""})
+    with pytest.raises(DatasetError, match=r"metadata\.parquet is damaged \('utf-8' codec"):
+        opened(hub={"caption_column": "text"}).listing()
 
 
 def test_a_split_without_a_folder_is_refused(hub: DatasetHub, opened: Open) -> None:

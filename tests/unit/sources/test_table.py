@@ -191,6 +191,14 @@ def test_an_address_that_is_none_is_a_skip(proxy: FaultyProxy, tmp_path: Path, a
         assert source.read(good)
 
 
+@pytest.mark.parametrize("column", ["url", "text"])
+def test_text_that_is_not_utf8_names_the_table(tmp_path: Path, column: str) -> None:
+    words = pa.StringArray.from_buffers(1, pa.py_buffer(bytes([0, 0, 0, 0, 4, 0, 0, 0])), pa.py_buffer(b"caf\xe9"))
+    pq.write_table(pa.table({"url": ["a.png"], "text": ["a"]} | {column: words}), tmp_path / "t.parquet")
+    with pytest.raises(DatasetError, match=r"t\.parquet is no readable parquet file \('utf-8' codec"):
+        listing(tmp_path / "t.parquet")
+
+
 def test_plan_measures_over_the_web(proxy: FaultyProxy, tmp_path: Path) -> None:
     write(tmp_path / "t.csv", *((f"{proxy.url}/{index}.png", "x") for index in range(3)))
     config = {"model_type": "full", "model_family": "pixart_sigma", "train_batch_size": 2, "max_train_steps": 10}

@@ -256,6 +256,17 @@ def test_odd_names(root: Path, caplog: pytest.LogCaptureFixture, name: str, good
     assert all("\n" not in record.getMessage() for record in caplog.records)
 
 
+def test_a_name_that_is_not_utf8_is_named_by_the_plan_too(root: Path) -> None:
+    try:
+        shutil.copy(root / "good_0.png", os.fsdecode(bytes(root) + b"/st\xfcck.png"))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    plan = planned(root)
+    assert plan.summary["samples"] == {"set": 3}
+    assert "`set/st\\udcfcck.png`: its name is not UTF-8; rename it" in plan.markdown
+    assert skipped(downloaded(root)[0]) == {"set/st\\xfcck.png": "its name is not UTF-8; rename it"}
+
+
 def test_two_files_of_one_stem_are_two_samples(root: Path) -> None:
     for suffix in ("png", "jpg", "webp"):
         Image.new("RGB", (64, 64), {"png": RED, "jpg": BLUE, "webp": (0, 255, 0)}[suffix]).save(root / f"x.{suffix}")

@@ -13,7 +13,7 @@ from kubetuner.config.sections.sources import DatasetSource
 from kubetuner.config.sections.steps import TrainSection
 from kubetuner.errors import DatasetError, Problem, on_one_line
 from kubetuner.progress import Progress
-from kubetuner.sources.base import HEADER_BYTES, Item, ItemError, Listing, Source, named
+from kubetuner.sources.base import HEADER_BYTES, Item, ItemError, Listing, Source, name_fault, named
 from kubetuner.sources.subset import subset
 from kubetuner.sources.switch import located, open_source
 from kubetuner.sources.threads import in_threads
@@ -129,6 +129,8 @@ def size_of(source: Source, item: Item) -> Size | str:
     """The upright picture's size, or why it has none."""
     from kubetuner.data.pictures import PictureError, measure
 
+    if fault := name_fault(item.name):
+        return fault
     if item.pixels:
         return item.pixels
     try:
@@ -146,13 +148,12 @@ def size_of(source: Source, item: Item) -> Size | str:
 
 def _uncaptioned(source: Source, measured: Measured, item: Item) -> str:
     """Why a picture is left out for want of a caption: SimpleTuner, too, leaves out what the table does not know."""
-    from kubetuner.data.captions import no_caption
+    from kubetuner.data.captions import caption_fault
 
     settings = measured.source
-    beside = settings.caption_strategy in ("filename", "textfile", "instanceprompt")
-    if item.captions is not None or beside or settings.only_instance_prompt:
+    if settings.only_instance_prompt or settings.caption_strategy in ("filename", "textfile", "instanceprompt"):
         return ""
-    return no_caption(settings, source)
+    return caption_fault(settings, item, source)
 
 
 def _check_captions(pictures: Sequence[Item], listing: Listing, measured: Measured, problems: list[Problem]) -> None:
