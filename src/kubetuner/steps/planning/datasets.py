@@ -17,6 +17,7 @@ from kubetuner.sources.base import HEADER_BYTES, Item, ItemError, Listing, Sourc
 from kubetuner.sources.subset import subset
 from kubetuner.sources.switch import located, open_source
 from kubetuner.sources.threads import in_threads
+from kubetuner.steps.planning.advice import fewest_passes, largest_batch
 
 _NAMED = 5
 Size = tuple[int, int]
@@ -199,11 +200,12 @@ def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
         f"needs repeats {max(math.ceil(effective / len(sizes)) - 1, 0)}"
         for name, sizes in sorted(measured.buckets.items())
     ]
-    fullest = max(len(sizes) for sizes in measured.buckets.values())
-    needed = max(math.ceil(effective / fullest) - 1, 0)
-    fitting = fullest * (repeats + 1) // train.planned_micro_steps
+    counts = [len(sizes) for sizes in measured.buckets.values()]
+    needed = fewest_passes(counts, train.train_batch_size, train.planned_micro_steps) - 1
+    repeated = [count * (repeats + 1) for count in counts]
+    fitting = largest_batch(repeated, train.planned_micro_steps)
     advice = f"set repeats to {needed}"
-    most = fullest * (repeats + 1) // train.planned_processes
+    most = sum(repeated) // train.planned_processes
     if fitting:
         advice += f", or train_batch_size to {fitting}"
     elif 0 < most < train.gradient_accumulation_steps:
