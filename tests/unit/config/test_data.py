@@ -78,7 +78,7 @@ def texts(**more):
             "given twice",
         ),
         ({"dataset_type": "video"}, "dataset_type", "not available yet"),
-        ({"image_embeds": "texts"}, "image_embeds", "names 'texts', but no entry with dataset_type image_embeds"),
+        ({"image_embeds": "texts"}, "image_embeds", "but no enabled entry with dataset_type image_embeds"),
         (
             {"caption_strategy": "parquet"},
             "parquet",
@@ -134,7 +134,7 @@ def texts(**more):
             "smaller than resolution",
         ),
         ({"aspect_bucket_alignment": 12}, "aspect_bucket_alignment", "expected one of"),
-        ({"text_embeds": "none"}, "text_embeds", "no entry"),
+        ({"text_embeds": "none"}, "text_embeds", "no enabled entry"),
         ({"id": "a/b"}, "id", "without slashes"),
         ({"id": None}, "id", "null"),
         ({"instance_data_dir": ""}, "instance_data_dir", "missing"),
