@@ -106,8 +106,9 @@ def whole() -> bytes:
         ("bomb.png", png_claiming(100_000, 100_000), "more than 89478485 pixels", True),
         ("poem.png", b"not a picture at all", "not a picture", True),
         ("page.jpg", b"<!doctype html><title>404</title>", "not a picture", True),
+        ("phone.HEIC", b"\0\0\0\x18ftypheic", "not a picture in a format that Pillow knows", True),
     ],
-    ids=["truncated", "cut header", "empty", "large", "bomb", "text", "page"],
+    ids=["truncated", "cut header", "empty", "large", "bomb", "text", "page", "phone"],
 )
 def test_a_file_that_is_no_picture_is_named(
     root: Path, caplog: pytest.LogCaptureFixture, name: str, data: bytes, reason: str, in_plan: bool
@@ -137,6 +138,10 @@ def save_palette(path: Path) -> None:
     Image.new("RGB", (64, 64), RED).quantize(4).save(path)
 
 
+def save_plain(path: Path) -> None:
+    Image.new("RGB", (64, 64), RED).save(path)
+
+
 def save_animated(path: Path) -> None:
     Image.new("RGB", (64, 64), RED).save(path, save_all=True, append_images=[Image.new("RGB", (64, 64), BLUE)] * 3)
 
@@ -154,6 +159,9 @@ def save_animated(path: Path) -> None:
         ("a.webp", save_animated, RED),
         ("a.png", save_animated, RED),
         ("a.tif", save_animated, RED),
+        ("a.apng", save_animated, RED),
+        ("a.tga", save_plain, RED),
+        ("a.jpe", save_cmyk, RED),
     ],
 )
 def test_unusual_pictures_are_used_as_they_look(root: Path, name: str, save: Any, colour: tuple[int, ...]) -> None:
