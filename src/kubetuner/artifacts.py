@@ -2,8 +2,8 @@
 
 An artifact is a folder. Its payload is written first and ``artifact.json`` last, by rename: its presence
 means the folder is complete. Readers learn shapes, dtypes and file names from it and from nowhere else, refuse a
-schema version they do not know, and verify checksums. Rows that there are many of lie beside it as
-JSON Lines, named and checksummed in ``artifact.json`` like every other payload file.
+schema version they do not know, and verify checksums. Rows that there are many of lie beside it as JSON Lines, named
+and checksummed in it like every other payload file.
 """
 
 import os
@@ -19,7 +19,6 @@ from kubetuner.digests import sha256_of
 from kubetuner.errors import ArtifactError
 
 ARTIFACT_FILE = "artifact.json"
-# Names in an artifact's folder that the steps share.
 SAMPLES_FILE = "samples.jsonl"
 LATENTS_FILE = "latents.jsonl"
 TEXTS_FILE = "texts.jsonl"
@@ -195,25 +194,30 @@ class OnDemand(Record):
     kept: tuple[str, ...]
 
 
-class LatentsArtifact(Artifact):
+class EncodedArtifact(Artifact):
+    """Samples ``encoded`` by this run or ``reused`` from the store: part ``part[0]``, from 0, of ``part[1]``."""
+
+    encoded: int
+    reused: int
+    tensors: dict[str, TensorSpec]
+    shards: tuple[ShardEntry, ...]
+    part: tuple[int, int] = (0, 1)
+
+
+class LatentsArtifact(EncodedArtifact):
     """VAE latents of a dataset. Rows: ``latents.jsonl`` (:class:`LatentRow`).
 
-    A shard holds the tensor ``"<key>.latents"`` for each of its samples. ``encoded`` samples were computed by this run,
-    ``reused`` ones were found in the store, ``left`` ones are made while training, as ``on_demand`` says.
+    A shard holds the tensor ``"<key>.latents"`` of each sample; ``left`` ones are made in training (``on_demand``).
     """
 
     kind: Literal["latents"] = "latents"
     num_samples: int
-    encoded: int
-    reused: int
     left: int = 0
     on_demand: OnDemand | None = None
-    tensors: dict[str, TensorSpec]
-    shards: tuple[ShardEntry, ...]
     skipped: tuple[Skipped, ...] = ()
 
 
-class TextEmbedsArtifact(Artifact):
+class TextEmbedsArtifact(EncodedArtifact):
     """Text embeddings of captions and prompts. Rows: ``texts.jsonl`` and ``captions.jsonl``.
 
     A shard holds the tensors ``"<key>.<name>"`` for each name in ``tensors``; sequences are trimmed to their
@@ -222,10 +226,6 @@ class TextEmbedsArtifact(Artifact):
 
     kind: Literal["text_embeds"] = "text_embeds"
     num_texts: int
-    encoded: int
-    reused: int
-    tensors: dict[str, TensorSpec]
-    shards: tuple[ShardEntry, ...]
 
 
 class ModelArtifact(Artifact):

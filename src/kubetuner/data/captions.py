@@ -54,13 +54,23 @@ def _own(settings: DatasetSource, picture: Item, listing: Listing, source: Sourc
         return _from_textfile(settings, picture, listing, source)
     if settings.caption_strategy == "filename":
         return (PurePosixPath(picture.name).stem.replace("_", " ").strip(),)
+    if fault := caption_fault(settings, picture, source):
+        raise CaptionError(fault)
+    return picture.captions or ()
+
+
+def caption_fault(settings: DatasetSource, picture: Item, source: Source) -> str:
+    """Why a picture whose caption its source should hold has none that can be used, or nothing."""
     if picture.captions is None:
-        raise CaptionError(no_caption(settings, source))
-    return picture.captions
+        return _no_caption(settings, source)
+    try:
+        "".join(picture.captions).encode()
+    except UnicodeEncodeError:  # half of a sign, which JSON can say and a file cannot hold
+        return "its caption holds signs that are not Unicode; correct it"
+    return ""
 
 
-def no_caption(settings: DatasetSource, source: Source) -> str:
-    """Why a picture has no caption that a table should hold."""
+def _no_caption(settings: DatasetSource, source: Source) -> str:
     table = settings.metadata_table
     if table is None:
         return f"{source.place} holds no caption for it"

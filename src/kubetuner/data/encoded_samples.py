@@ -11,6 +11,7 @@ from kubetuner.artifacts import (
     LATENTS_FILE,
     TEXTS_FILE,
     CaptionRow,
+    EncodedArtifact,
     LatentRow,
     LatentsArtifact,
     TextEmbedsArtifact,
@@ -20,6 +21,7 @@ from kubetuner.artifacts import (
 )
 from kubetuner.data.latents import Maker, latent_names
 from kubetuner.data.masks import WEIGHTS
+from kubetuner.data.parts import check_parts
 from kubetuner.data.rows import Positions, RowFile
 from kubetuner.data.shards import CachedShards
 from kubetuner.errors import ArtifactError
@@ -39,7 +41,7 @@ class EncodedSamples:
         groups: Dataset → target size → positions in ``rows``, in the order of the samples' ids.
 
     Raises:
-        ArtifactError: They are damaged, or made of different datasets.
+        ArtifactError: They are damaged, made of different datasets, or not all parts of one.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class EncodedSamples:
         self._latent_names: dict[str, tuple[str, ...]] = {}
         self._kept: dict[tuple[str, str], dict[str, Tensor]] = {}
         self._kept_bytes = 0
+        self._artifacts: list[EncodedArtifact] = []
         self.rows = RowFile(LatentRow)
         self.groups: dict[str, dict[Size, list[int]]] = defaultdict(lambda: defaultdict(list))
         self._captions = RowFile(CaptionRow)
@@ -72,6 +75,7 @@ class EncodedSamples:
         if len(parents) > 1:
             folders = " and ".join(str(folder) for folder in parents.values())
             raise ArtifactError(f"{folders} were made of different datasets; run cache_vae and cache_text_embeds again")
+        check_parts(self._artifacts)
         _check_pairs(samples, set(captioned), skipped)
         self._shards.verify()
         if maker is None and waiting:
@@ -173,8 +177,9 @@ class EncodedSamples:
         if row.mask:
             yield row.mask_shard
 
-    def _open(self, folder: Path, artifact: LatentsArtifact | TextEmbedsArtifact) -> None:
+    def _open(self, folder: Path, artifact: EncodedArtifact) -> None:
         verify_files(folder, artifact)
+        self._artifacts.append(artifact)
         self._shards.add(folder, artifact.shards)
 
     def _read(self, key: str, shard: str, names: tuple[str, ...]) -> dict[str, Tensor]:

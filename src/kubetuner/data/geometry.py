@@ -24,6 +24,10 @@ SQUARE_BUCKET = 1.0
 # Megapixels within SQUARE_TOLERANCE of a key have this edge in the square bucket, whatever rounding would give.
 SQUARE_EDGES = ((0.25, 512), (0.5, 768), (1.0, 1024), (2.0, 1536), (4.0, 2048))
 SQUARE_TOLERANCE = 0.05
+# Above this a picture is refused: a few kilobytes can claim to be gigapixels.
+MAX_PIXELS = 89_478_485
+# And they can become gigapixels: with resolution_type pixel a strip of 5000x1 would be trained on at 5120000x1024.
+MOST_SQUARES = 16
 PIXELS_PER_MEGAPIXEL = 1_000_000
 
 
@@ -80,6 +84,8 @@ def place(
         larger = _cover(_bucket_size(geometry, _downsample_edge(geometry), own), width / height)
         if larger[0] >= target[0] and larger[1] >= target[1]:
             intermediary = larger
+    if reason := _too_long(geometry, target, intermediary):
+        return LeftOut(f"{width}x{height} pixels: {reason}")
     if _is_enlarged_too_far(geometry, (width, height), intermediary):
         return LeftOut(
             f"{width}x{height} pixels: {intermediary[0]}x{intermediary[1]} would enlarge it by "
@@ -219,6 +225,23 @@ def _wrong_aspect(geometry: Geometry, bucket: float) -> str:
         return f"aspect ratio {bucket:g} is below minimum_aspect_ratio {least:g}"
     if most is not None and bucket > most:
         return f"aspect ratio {bucket:g} is above maximum_aspect_ratio {most:g}"
+    return ""
+
+
+def _too_long(geometry: Geometry, target: Size, intermediary: Size) -> str:
+    """Why a strip of a picture would become far too many pixels, or nothing."""
+    edge = _square_edge(geometry, geometry.resolution)
+    listed = geometry.crop and geometry.crop_aspect in ("closest", "random")
+    if not listed and target[0] * target[1] > MOST_SQUARES * edge**2:
+        return (
+            f"it would be trained on at {target[0]}x{target[1]}, more than {MOST_SQUARES} times the pixels of "
+            f"{edge}x{edge}; cut it up, or set resolution_type to pixel_area"
+        )
+    if intermediary[0] * intermediary[1] > MAX_PIXELS:
+        return (
+            f"it would be resized to {intermediary[0]}x{intermediary[1]} before it is cut, more than {MAX_PIXELS} "
+            "pixels; cut it up"
+        )
     return ""
 
 

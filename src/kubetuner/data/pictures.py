@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
 
-from kubetuner.data.geometry import Placement
+from kubetuner.data.geometry import MAX_PIXELS, Placement
 from kubetuner.errors import ArtifactError, DatasetError
 from kubetuner.threads import available_cpus
 
@@ -28,9 +28,6 @@ NOT_FINITE = "the VAE gave latents that are not finite; remove the picture, or c
 
 # A GPU encodes a picture in less time than a thread decodes it, so many threads pay off; each may hold a whole picture.
 MAX_DECODING_THREADS = 16
-
-# Above this a picture is refused: a few kilobytes can claim to be gigapixels.
-MAX_PIXELS = 89_478_485
 
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {

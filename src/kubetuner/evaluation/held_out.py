@@ -21,6 +21,7 @@ from kubetuner.artifacts import (
 )
 from kubetuner.config.sections.steps import EvaluateSection
 from kubetuner.data.latents import draw_latents, key_generator, latent_names
+from kubetuner.data.parts import check_parts
 from kubetuner.data.shards import CachedShards
 from kubetuner.errors import ArtifactError
 from kubetuner.families.base import Named
@@ -83,7 +84,8 @@ def read_held_out(
     are not cached are encoded here, of the pictures in ``dataset``.
 
     Raises:
-        ArtifactError: A sample has no caption, a caption no embedding, or there is no usable picture to encode.
+        ArtifactError: A part of the dataset is missing, a sample has no caption, a caption no embedding, or there is no
+            usable picture to encode.
     """
     shards = CachedShards()
     places = [place for place in _latent_rows(latents, shards) if place[0].dataset in section.eval_datasets]
@@ -124,8 +126,9 @@ def _encode(
 
 
 def _latent_rows(folders: Sequence[Path], shards: CachedShards) -> Iterator[_Place]:
-    for folder in folders:
-        artifact = read_artifact(folder, LatentsArtifact)
+    artifacts = [read_artifact(folder, LatentsArtifact) for folder in folders]
+    check_parts(artifacts)
+    for folder, artifact in zip(folders, artifacts, strict=True):
         names = latent_names(artifact)
         shards.add(folder, artifact.shards)
         for row in read_rows(folder, LATENTS_FILE, LatentRow):
@@ -134,8 +137,10 @@ def _latent_rows(folders: Sequence[Path], shards: CachedShards) -> Iterator[_Pla
 
 def _read_texts(folders: Sequence[Path], shards: CachedShards) -> _Texts:
     texts = _Texts({}, {})
-    for folder in folders:
-        shards.add(folder, read_artifact(folder, TextEmbedsArtifact).shards)
+    artifacts = [read_artifact(folder, TextEmbedsArtifact) for folder in folders]
+    check_parts(artifacts)
+    for folder, artifact in zip(folders, artifacts, strict=True):
+        shards.add(folder, artifact.shards)
         for caption in read_rows(folder, CAPTIONS_FILE, CaptionRow):
             texts.captions[caption.sample] = caption.texts
         for row in read_rows(folder, TEXTS_FILE, TextRow):

@@ -25,8 +25,13 @@ from kubetuner.sources.items import Items, ItemsByName
 logger = logging.getLogger(__name__)
 
 PICTURE_EXTENSIONS = frozenset(
-    {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".jp2"}
-)
+    {
+        ".apng", ".avif", ".bmp", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx", ".mpo", ".pbm",
+        ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp",
+        # Pillow cannot read these; so they are named where they would silently be missing.
+        ".heic", ".heif", ".jxl",
+    }
+)  # fmt: skip
 CAPTION_EXTENSIONS = frozenset({".txt"})
 HEADER_BYTES = 1 << 16
 """Enough for the size of nearly every picture; metadata before it can be longer."""
@@ -135,6 +140,15 @@ def is_picture(name: str) -> bool:
 def is_text(name: str) -> bool:
     """Whether ``name`` is a visible caption file."""
     return PurePosixPath(name).suffix.lower() in CAPTION_EXTENSIONS and not _hidden(name)
+
+
+def name_fault(name: str) -> str:
+    """Why a picture called ``name`` cannot be used, or nothing."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # it would have no place in a JSON file
+        return "its name is not UTF-8; rename it"
+    return ""
 
 
 def _hidden(name: str) -> bool:

@@ -124,7 +124,7 @@ def _rows(data: bytes, table: MetadataTable, columns: Sequence[str]) -> Iterator
                 for row in batch.to_pylist():
                     if row[table.filename_column] is not None:
                         yield str(row[table.filename_column]).strip(), row
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DatasetError(f"{table.path} is no readable parquet file ({error}); check parquet.path") from error
 
 

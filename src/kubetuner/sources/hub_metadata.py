@@ -1,4 +1,4 @@
-"""What a hub folder says of its pictures: ``metadata.jsonl`` or ``metadata.csv`` beside them.
+"""What a hub folder says of its pictures: ``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet`` beside them.
 
 Its column ``file_name`` holds paths relative to its own folder, as the hub's image folders have it.
 """
@@ -6,12 +6,13 @@ Its column ``file_name`` holds paths relative to its own folder, as the hub's im
 import csv
 import io
 import json
+import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from kubetuner.errors import DatasetError
-from kubetuner.sources.parquet import HubFile
+from kubetuner.sources.parquet import METADATA_TABLE, HubFile
 
-_NAMES = ("metadata.jsonl", "metadata.csv")
+_NAMES = ("metadata.jsonl", "metadata.csv", METADATA_TABLE)
 _FILE_COLUMN = "file_name"
 
 Row = dict[str, object]
@@ -40,11 +41,16 @@ def folder_rows(
             if missing := [f"{name!r} ({key})" for name, key in wanted.items() if name not in row]:
                 known, lack = ", ".join(map(str, row)), " and no column ".join(missing)
                 raise DatasetError(f"{file.path}: row {number} has no column {lack}; it has {known}")
-            found[f"{folder}{slash}{row[_FILE_COLUMN]}"] = {name: row[name] for name in columns}
+            found[f"{folder}{slash}{posixpath.normpath(str(row[_FILE_COLUMN]))}"] = {
+                name: row[name] for name in columns
+            }
     return found
 
 
 def _rows(file: HubFile, data: bytes) -> Iterator[Mapping[str, object]]:
+    if file.name.endswith(".parquet"):
+        yield from _table_rows(file, data)
+        return
     try:
         text = data.decode("utf-8-sig")
         if file.name.endswith(".csv"):
@@ -55,4 +61,16 @@ def _rows(file: HubFile, data: bytes) -> Iterator[Mapping[str, object]]:
             if isinstance(row, dict):
                 yield row
     except (UnicodeDecodeError, ValueError, csv.Error) as error:
+        raise DatasetError(f"{file.path} is damaged ({error})") from error
+
+
+def _table_rows(file: HubFile, data: bytes) -> Iterator[Mapping[str, object]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(pa.BufferReader(data)) as table:
+            for batch in table.iter_batches():
+                yield from batch.to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DatasetError(f"{file.path} is damaged ({error})") from error

@@ -4,6 +4,7 @@ Links are followed, as volumes mounted from Kubernetes are made of them.
 """
 
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -81,14 +82,23 @@ def read_file(root: Path, item: Item, length: int = -1) -> bytes:
         DatasetError: It was written since it was listed.
     """
     try:
-        with (root / item.name).open("rb") as file:
+        with open(root / item.name, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ItemError("is not a file but a pipe, a device or the like")
             data = file.read(length)
             status = os.fstat(file.fileno())
     except OSError as error:
         raise ItemError(f"cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # a zero in a name that a table gives
+        raise ItemError(f"cannot be read ({error})") from error
     if (str(status.st_mtime_ns), status.st_size) != (item.version, item.size):
         raise DatasetError(f"{root / item.name} was replaced while the step ran; run it again")
     return data
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """A descriptor at once: opening a pipe would wait for somebody who writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 32 << 20
 _GROUPS_KEPT, _FILES_KEPT = 4, 2
 _LISTED_AT_ONCE = 8
+METADATA_TABLE = "metadata.parquet"
+"""Describes the pictures beside it and holds none."""
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
@@ -63,7 +65,7 @@ def split_files(files: Sequence[HubFile], split: str) -> list[HubFile]:
     Raises:
         DatasetError: There are parquet files, and none is of this split.
     """
-    tables = sorted((file for file in files if file.name.lower().endswith(".parquet")), key=lambda file: file.name)
+    tables = sorted((file for file in files if _holds_pictures(file.name)), key=lambda file: file.name)
     words = {file.name: {re.split(r"[-_.]", part)[0] for part in file.name.split("/")} for file in tables}
     found = [file for file in tables if split in words[file.name]]
     named = sorted({word for each in words.values() for word in each if word in _SPLITS})
@@ -71,6 +73,29 @@ def split_files(files: Sequence[HubFile], split: str) -> list[HubFile]:
         there = ", ".join(named) or "train, as no file is named after a split"
         raise DatasetError(f"it has no parquet file of split {split!r} (there are: {there}); check split")
     return found or tables
+
+
+def _holds_pictures(name: str) -> bool:
+    return name.lower().endswith(".parquet") and name.rpartition("/")[2] != METADATA_TABLE
+
+
+def folder_split(pictures: Sequence[str], split: str) -> str:
+    """The folder, with a ``/``, that holds the pictures of ``split``; empty where folders are not named after splits.
+
+    They are where each picture is in one that is: ``train/1.png``, ``test/2.png``. Beside a folder ``boat``, one called
+    ``train`` is a subject.
+
+    Raises:
+        DatasetError: They are, and none is of this split.
+    """
+    folders = {name.partition("/")[0] if "/" in name else "" for name in pictures}
+    if len(folders) < 2 or not folders <= set(_SPLITS):
+        return ""
+    if split not in folders:
+        raise DatasetError(
+            f"it has no folder of split {split!r} (there are: {', '.join(sorted(folders))}); check split"
+        )
+    return f"{split}/"
 
 
 @dataclass(frozen=True)
@@ -182,7 +207,7 @@ class ParquetPictures:
                     refusal = self._test.refusal(names, cell)
                 except FilterError as error:
                     raise FilterError(f"{file.path}, row {number} of group {group}: {error}") from error
-                size = (cell["width"], cell["height"]) if columns.sized and cell["width"] and cell["height"] else None
+                size = _trusted(cell["width"], cell["height"]) if columns.sized else None
                 captions = captions_of(cell.get(self._hub.caption_column))
                 rows.append(_Row(path, _Place(index, group, number), captions, size, refusal))
         return rows
@@ -229,6 +254,11 @@ class ParquetPictures:
         return _parquet(file, retrying(f"reading {file.path}", lambda: _download(file, self._fetch)))
 
 
+def _trusted(width: int | None, height: int | None) -> tuple[int, int] | None:
+    """A row's (width, height), unless no picture is like that: then the picture itself is measured."""
+    return (width, height) if width and height and width > 0 and height > 0 else None
+
+
 def _parquet(file: HubFile, stream: IO[bytes] | io.BufferedIOBase) -> "ParquetFile":
     import pyarrow.parquet as pq
 
@@ -247,7 +277,7 @@ def _naming(file: HubFile) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{file.path} cannot be read as parquet ({first_line(error)})") from error
 
 

@@ -6,6 +6,7 @@ Addresses have no versions, so a picture that a server replaces is only noticed 
 
 import csv
 import hashlib
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -105,8 +106,9 @@ def _short_name(address: str) -> str:
     """The address without scheme, credentials and query, which may be secret; a path as it is."""
     if "://" not in address:
         return address.lstrip("/")
-    parts = urlsplit(address)
-    return f"{parts.netloc.rpartition('@')[2]}{parts.path}"
+    # Not urlsplit, which refuses some addresses: whoever asks for the picture tells of those.
+    host, slash, path = re.split("[?#]", address.partition("://")[2])[0].partition("/")
+    return f"{host.rpartition('@')[2]}{slash}{path}"
 
 
 def _hash(address: str) -> str:
@@ -152,7 +154,7 @@ def _parquet_rows(path: Path, columns: TableColumns) -> Iterator[Row]:
             for batch in table.iter_batches(columns=wanted):
                 for row in batch.to_pylist():
                     yield str(row[columns.url_column] or "").strip(), captions_of(row.get(columns.caption_column))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} is no readable parquet file ({error}); check csv_file") from error
 
 

@@ -78,6 +78,7 @@ def _cache(section: CacheTextSection, dataset: Path, out: Path, part: tuple[int,
     shards = texts.keys.shards()
     return TextEmbedsArtifact(
         fingerprint=fingerprint(section.deciding(), source.fingerprint, part),
+        part=part,
         parents=(source.fingerprint,),
         files=tuple(describe_file(out, name) for name in (CAPTIONS_FILE, TEXTS_FILE)),
         num_texts=count,

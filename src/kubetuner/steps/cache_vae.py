@@ -110,6 +110,7 @@ def _cache(section: CacheVaeSection, dataset: Path, out: Path, part: tuple[int, 
     tensors = {name: TensorSpec(dtype=section.dtype, shape=shape) for name, shape in store.shapes(shards).items()}
     return LatentsArtifact(
         fingerprint=fingerprint(section.deciding(), source.fingerprint, part),
+        part=part,
         parents=(source.fingerprint,),
         files=(describe_file(out, LATENTS_FILE),),
         num_samples=count,

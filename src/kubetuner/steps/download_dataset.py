@@ -37,7 +37,7 @@ from kubetuner.data.rows import Positions
 from kubetuner.digests import canonical_json, sha256_of
 from kubetuner.errors import DatasetError, on_one_line
 from kubetuner.progress import Progress
-from kubetuner.sources.base import PICTURE_EXTENSIONS, Item, ItemError, Listing, Source, as_planned
+from kubetuner.sources.base import PICTURE_EXTENSIONS, Item, ItemError, Listing, Source, as_planned, name_fault
 from kubetuner.sources.filters import describe, nothing_left
 from kubetuner.sources.items import Items
 from kubetuner.sources.subset import subset
@@ -260,10 +260,11 @@ def _take_all(origins: Sequence[_Origin], folders: _Folders) -> Iterator[Sample 
 
 def _take(picture: _Picture, folders: _Folders) -> Sample | Skipped:
     """Check one picture, and its mask, and copy their bytes; the bytes hashed are the ones that were decoded."""
+    if fault := name_fault(picture.item.name):
+        return Skipped(name=picture.id, reason=fault)
     try:
         origin = picture.origin
         captions = captions_for(origin.settings, picture.item, origin.listing, origin.source)
-        _refuse_unprintable(picture, captions)
         data = cut_tile(origin.source.read(picture.item), origin.settings.composite)
         info = check_picture(data)
         mask = take_mask(origin.masks, picture.item, (info.width, info.height)) if origin.masks else None
@@ -291,14 +292,6 @@ def _keep(out: Path, data: bytes, extension: str) -> tuple[str, str]:
     if not (target.is_file() and target.stat().st_size == len(data) and sha256_of(target) == digest):
         write_atomically(target, lambda path: _write_bytes(path, data))
     return file, digest
-
-
-def _refuse_unprintable(picture: _Picture, captions: tuple[str, ...]) -> None:
-    """Refuse names that are not UTF-8: they have no place in a JSON file."""
-    try:
-        "".join((picture.item.name, *captions)).encode()
-    except UnicodeEncodeError as error:
-        raise PictureError("its name is not UTF-8; rename it") from error
 
 
 def _judge(section: DownloadSection, origins: Sequence[_Origin], skipped: Sequence[tuple[str, Skipped]]) -> None:

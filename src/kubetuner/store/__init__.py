@@ -262,8 +262,10 @@ def open_store(address: str) -> Store:
 
     Raises:
         ArtifactError: A bucket's address or the credentials cannot be used.
-        InputError: A variable that describes the mirror on this machine is wrong.
+        InputError: It is an address of another kind, or a variable that describes the mirror on this machine is wrong.
     """
+    if "://" in address and not address.startswith("gs://"):
+        raise InputError(f"a store is a folder or gs://bucket/prefix, and {address} is neither; mount it as a folder")
     if not address.startswith("gs://"):
         return Store(Path(address))
     from kubetuner.store.bucket import Bucket

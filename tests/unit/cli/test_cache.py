@@ -70,3 +70,5 @@ def test_a_store_must_be_named(
     assert "--store is missing" in capsys.readouterr().err
     assert call("ls", "--store", str(tmp_path / "nowhere")) == 2
     assert "is not a folder" in capsys.readouterr().err
+    assert call("ls", "--store", "s3://bucket/x") == 2
+    assert "a store is a folder or gs://bucket/prefix" in capsys.readouterr().err

@@ -94,7 +94,11 @@ def texts(**more):
         ({"dataset_type": "audio"}, "dataset_type", "learn from pictures alone"),
         ({"dataset_type": "caption"}, "dataset_type", "named by caption_strategy"),
         ({"dataset_type": "conditioning_image_embeds"}, "dataset_type", "no family of kubetuner takes"),
-        ({"image_embeds": "texts"}, "image_embeds", "names 'texts', but no entry with dataset_type image_embeds"),
+        (
+            {"image_embeds": "texts"},
+            "image_embeds",
+            "names 'texts', but no enabled entry with dataset_type image_embeds",
+        ),
         (
             {"caption_strategy": "parquet"},
             "parquet",
@@ -166,7 +170,7 @@ def texts(**more):
             "smaller than resolution",
         ),
         ({"aspect_bucket_alignment": 12}, "aspect_bucket_alignment", "expected one of"),
-        ({"text_embeds": "none"}, "text_embeds", "no entry"),
+        ({"text_embeds": "none"}, "text_embeds", "no enabled entry"),
         ({"id": "a/b"}, "id", "without slashes"),
         ({"id": None}, "id", "null"),
         ({"instance_data_dir": ""}, "instance_data_dir", "missing"),

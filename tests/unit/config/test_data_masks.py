@@ -65,8 +65,8 @@ def test_what_pictures_decide_is_noted() -> None:
 @pytest.mark.parametrize(
     ("entries", "where", "message"),
     [
-        ([image()], "[0].conditioning_data", "names 'm', but no entry with dataset_type conditioning"),
-        ([image(), masks(disabled=True)], "[0].conditioning_data", "no entry with dataset_type conditioning"),
+        ([image()], "[0].conditioning_data", "names 'm', but no enabled entry with dataset_type conditioning"),
+        ([image(), masks(disabled=True)], "[0].conditioning_data", "no enabled entry with dataset_type conditioning"),
         ([image(conditioning_data=["m", "n"]), masks()], "[0].conditioning_data", "a picture has one mask"),
         ([image(conditioning_data=None), masks()], "[1]", "is in no dataset's conditioning_data"),
         ([image(), masks(conditioning_type=None)], "[1].conditioning_type", "is missing; expected 'mask'"),

@@ -49,7 +49,11 @@ def encoded(counts: Mapping[str, Mapping[Size, int]], captions: tuple[str, ...] 
 
 
 def write_latents(
-    folder: Path, samples: Sequence[Encoded], parent: str = "dataset", skipped: Sequence[str] = ()
+    folder: Path,
+    samples: Sequence[Encoded],
+    parent: str = "dataset",
+    skipped: Sequence[str] = (),
+    part: tuple[int, int] = (0, 1),
 ) -> Path:
     """A latents artifact; latents are float32 ``[2, height / 8, width / 8]``."""
     store = Store(folder)
@@ -73,7 +77,7 @@ def write_latents(
     write_rows(folder, "latents.jsonl", rows)
     artifact = LatentsArtifact(
         fingerprint="latents", parents=(parent,), files=(_entry(folder / "latents.jsonl"),), num_samples=len(rows),
-        encoded=len(rows), reused=0, tensors={}, shards=tuple(shards),
+        encoded=len(rows), reused=0, tensors={}, shards=tuple(shards), part=part,
         skipped=tuple(Skipped(name=name, reason="too small") for name in skipped),
     )  # fmt: skip
     write_artifact(folder, artifact)
@@ -81,7 +85,11 @@ def write_latents(
 
 
 def write_texts(
-    folder: Path, samples: Sequence[Encoded], parent: str = "dataset", dtype: torch.dtype = torch.float32
+    folder: Path,
+    samples: Sequence[Encoded],
+    parent: str = "dataset",
+    dtype: torch.dtype = torch.float32,
+    part: tuple[int, int] = (0, 1),
 ) -> Path:
     """A text embeds artifact; ``embeds`` of a text is ``[1, 1]``, its place among the sorted texts."""
     texts = sorted({"", *(text for sample in samples for text in sample.captions)})
@@ -99,7 +107,7 @@ def write_texts(
     artifact = TextEmbedsArtifact(
         fingerprint="texts", parents=(parent,),
         files=(_entry(folder / "texts.jsonl"), _entry(folder / "captions.jsonl")),
-        num_texts=len(texts), encoded=len(texts), reused=0, tensors={}, shards=(shard,),
+        num_texts=len(texts), encoded=len(texts), reused=0, tensors={}, shards=(shard,), part=part,
     )  # fmt: skip
     write_artifact(folder, artifact)
     return folder

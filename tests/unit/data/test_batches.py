@@ -101,8 +101,8 @@ def test_how_the_caches_are_cut_up_and_ordered_does_not_matter(
     caches: tuple[list[Path], list[Path]], tmp_path: Path
 ) -> None:
     parts = [list(reversed(SAMPLES[start::3])) for start in (2, 0, 1)]
-    latents = [write_latents(tmp_path / f"latents{place}", part) for place, part in enumerate(parts)]
-    texts = [write_texts(tmp_path / f"texts{place}", part) for place, part in enumerate(parts)]
+    latents = [write_latents(tmp_path / f"latents{place}", part, part=(place, 3)) for place, part in enumerate(parts)]
+    texts = [write_texts(tmp_path / f"texts{place}", part, part=(place, 3)) for place, part in enumerate(parts)]
     section = _section(train_batch_size=2)
     whole, cut = Batches(section, *caches, NAMES), Batches(section, latents, texts, NAMES)
 
@@ -241,11 +241,26 @@ def test_caches_of_different_datasets_are_refused(caches: tuple[list[Path], list
         Batches(_section(), caches[0], [other], NAMES)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "named"),
+    [((0,), "0 of 2"), ((1,), "1 of 2"), ((0, 0), "0 of 2, 0 of 2"), ((0, 1, 1), "0 of 2, 1 of 2, 1 of 2")],
+)
+def test_parts_that_are_missing_or_come_twice_are_refused(tmp_path: Path, chosen: tuple[int, ...], named: str) -> None:
+    """Of both kinds the same parts: no sample lacks its caption."""
+    halves = [SAMPLES[start::2] for start in (0, 1)]
+    latents = [write_latents(tmp_path / f"l{place}", half, part=(place, 2)) for place, half in enumerate(halves)]
+    texts = [write_texts(tmp_path / f"t{place}", half, part=(place, 2)) for place, half in enumerate(halves)]
+    Batches(_section(), latents, texts, NAMES)
+    some = [[folders[place] for place in chosen] for folders in (latents, texts)]
+    with pytest.raises(ArtifactError, match=rf"cache_vae was given as the parts {named} .* give each part once"):
+        Batches(_section(), some[0], texts, NAMES)
+    with pytest.raises(ArtifactError, match=rf"cache_text_embeds was given as the parts {named} "):
+        Batches(_section(), latents, some[1], NAMES)
+
+
 def test_latents_that_were_left_out_are_noticed(tmp_path: Path) -> None:
     parts = [write_latents(tmp_path / f"{start}", SAMPLES[start::2]) for start in (0, 1)]
     texts = [write_texts(tmp_path / "texts", SAMPLES)]
-
-    Batches(_section(), parts, texts, NAMES)
     with pytest.raises(ArtifactError, match=r"11 samples such as a/128x64-0.png have captions and no latents"):
         Batches(_section(), parts[:1], texts, NAMES)
 

@@ -3,11 +3,11 @@
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kubetuner.config.sections.geometry import Geometry
-from kubetuner.data.geometry import LeftOut, Placement, place, target_size
+from kubetuner.data.geometry import MAX_PIXELS, LeftOut, Placement, place, target_size
 
 CENTER = Geometry(crop_style="center")
 
@@ -233,8 +233,12 @@ geometries = st.builds(
 
 @given(geometry=geometries, width=edges, height=edges, seed_key=st.text())
 def test_every_placement_holds_together(geometry: Geometry, width: int, height: int, seed_key: str) -> None:
-    placement = placed(geometry, width, height, seed_key)
+    placement = place(geometry, width, height, seed_key)
+    assume(isinstance(placement, Placement))  # strips of a picture are left out
+    assert isinstance(placement, Placement)
     target_width, target_height = placement.target_size
+    wide, high = placement.intermediary_size
+    assert wide * high <= MAX_PIXELS
     assert target_width % 64 == 0
     assert target_height % 64 == 0
     assert min(target_width, target_height) >= 64
@@ -279,6 +283,33 @@ def test_pictures_that_would_be_enlarged_too_far_are_left_out(
     if size == (2000, 500):  # within the limit of 10 %, and above one of 2 %
         assert isinstance(placement, Placement)
         placement = place(CENTER.model_copy(update={"max_upscale_threshold": 0.02}), *size, "key")
+    assert isinstance(placement, LeftOut) == bool(reason)
+    assert reason in str(placement)
+
+
+PIXEL = Geometry(resolution=1024, resolution_type="pixel", crop_style="center")
+LISTED = PIXEL.model_copy(
+    update={"crop": True, "crop_aspect": "closest", "crop_aspect_buckets": ((1.0, 1.0), (20.0, 1.0))}
+)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "size", "reason"),
+    [
+        (PIXEL, (5000, 1), "5000x1 pixels: it would be trained on at 5120000x1024, more than 16 times the pixels of"),
+        (PIXEL, (1, 5000), "1x5000 pixels: it would be trained on at 1024x"),
+        (PIXEL, (1600, 100), ""),
+        (PIXEL, (1700, 100), "cut it up, or set resolution_type to pixel_area"),
+        (CENTER, (5000, 1), ""),  # 72384x64
+        (PIXEL.model_copy(update={"crop": True}), (5000, 1), "resized to 5120000x1024 before it is cut, more than"),
+        (PIXEL.model_copy(update={"crop": True}), (8000, 100), ""),
+        (LISTED, (2000, 100), ""),  # whoever lists 20.0 means it
+    ],
+)
+def test_strips_that_would_become_far_too_many_pixels_are_left_out(
+    geometry: Geometry, size: tuple[int, int], reason: str
+) -> None:
+    placement = place(geometry, *size, "key")
     assert isinstance(placement, LeftOut) == bool(reason)
     assert reason in str(placement)
 

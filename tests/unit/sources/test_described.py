@@ -121,7 +121,7 @@ def test_pictures_that_the_table_does_not_know_are_left_out(tmp_path: Path) -> N
     (tmp_path / "captions.parquet").write_bytes(parquet({"id": ["0", "1", "2"], "text": ["a", "b", "c"]}))
     with pytest.raises(ConfigError) as caught:
         make_plan(CONFIG, [entry()], cwd=tmp_path)
-    expected = "1 of 4 pictures cannot be read (deep/3.png: "
+    expected = "1 of 4 pictures cannot be used (deep/3.png: "
     assert expected in str(caught.value)
     assert "has no caption for it: no row whose id is its path without extension" in str(caught.value)
     plan = make_plan(CONFIG | {"max_skipped_share": 0.5}, [entry()], cwd=tmp_path)

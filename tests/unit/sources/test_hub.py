@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -220,12 +221,14 @@ def test_metadata_files_of_a_folder_hold_captions(hub: DatasetHub, opened: Open)
             "metadata.jsonl": ('{"file_name": "a.png", "text": "ein\u2028Ring"}\n\n'
             '{"file_name": "b.png", "text": ["x", "y"]}').encode(),
             "a.png": b"", "b.png": b"", "c.png": b"",
-            "deep/metadata.csv": b'file_name,text\nd.png,"one, two"\n', "deep/d.png": b"",
+            "deep/metadata.csv": b'file_name,text\n./d.png,"one, two"\n', "deep/d.png": b"",
+            "far/metadata.parquet": table([{"file_name": "e.png", "text": ["y", "z"]}]), "far/e.png": b"",
         }
     )  # fmt: skip
     found = {item.name: item.captions for item in opened(hub={"caption_column": "text"}).listing().pictures}
     assert found == {
         "a.png": ("ein\u2028Ring",), "b.png": ("x", "y"), "c.png": None, "deep/d.png": ("one, two",),
+        "far/e.png": ("y", "z"),
     }  # fmt: skip
     assert {item.captions for item in opened().listing().pictures} == {None}
 
@@ -235,6 +238,7 @@ def test_metadata_files_of_a_folder_hold_captions(hub: DatasetHub, opened: Open)
     [
         ("metadata.jsonl", b'{"file_name": "a.png"}', "row 1 has no column 'text' .caption_column.; it has file_name"),
         ("metadata.jsonl", b"{", "metadata.jsonl is damaged"),
+        ("metadata.parquet", b"PAR1", "metadata.parquet is damaged"),
         (
             "metadata.csv",
             b"name,text\na.png,x",
@@ -248,6 +252,63 @@ def test_damaged_metadata_is_named(hub: DatasetHub, opened: Open, name: str, con
         opened(hub={"caption_column": "text"}).listing()
 
 
+@pytest.mark.parametrize(
+    ("split", "folders", "found"),
+    [
+        ("train", ("train", "test"), ["train/a.png"]),
+        ("test", ("train", "test"), ["test/a.png"]),
+        ("train", ("train", "boat"), ["boat/a.png", "train/a.png"]),
+        ("train", ("test",), ["test/a.png"]),
+    ],
+)
+def test_folders_that_are_all_named_after_splits_are_splits(
+    hub: DatasetHub, opened: Open, split: str, folders: tuple[str, ...], found: list[str]
+) -> None:
+    hub.repos[NAME].commit({f"{folder}/a.{kind}": b"" for folder in folders for kind in ("png", "txt")})
+    listing = opened(hub={"split": split}).listing()
+    assert [item.name for item in listing.pictures] == found
+    assert sorted(listing.texts) == [name.replace("png", "txt") for name in found]
+
+
+def test_a_caption_that_is_no_text_is_a_skip(hub: DatasetHub, proxy: FaultyProxy, tmp_path: Path) -> None:
+    lines = b'{"file_name": "a.png", "text": "half \\ud800 a sign"}\n{"file_name": "b.png", "text": "whole"}'
+    hub.repos[NAME].commit({"metadata.jsonl": lines, "a.png": png(1), "b.png": png(2)})
+    entry = {
+        "id": "set", "type": "huggingface", "dataset_name": NAME, "resolution": 128, "caption_column": "text",
+    }  # fmt: skip
+    plan = make_plan(CONFIG | {"train_batch_size": 1, "max_skipped_share": 0.5}, [entry], cwd=tmp_path)
+    assert plan.summary["samples"] == {"set": 1}
+    artifact = download_dataset(plan.sections.download, tmp_path / "out")
+    assert [skip.name for skip in artifact.skipped] == ["set/a.png"]
+    assert "not Unicode" in artifact.skipped[0].reason
+
+
+def latin_words(count: int) -> pa.Array:
+    """Strings that are not UTF-8, as some writers leave them."""
+    offsets = pa.py_buffer(struct.pack(f"{count + 1}i", *(4 * number for number in range(count + 1))))
+    return pa.StringArray.from_buffers(count, offsets, pa.py_buffer(b"caf\xe9" * count))
+
+
+def test_text_that_is_not_utf8_names_the_file(hub: DatasetHub, opened: Open) -> None:
+    rows = pa.table({"image": [{"bytes": png(1), "path": "a.png"}], "text": latin_words(1)})
+    stream = io.BytesIO()
+    pq.write_table(rows, stream)
+    hub.repos[NAME].commit({"train.parquet": stream.getvalue()})
+    with pytest.raises(DatasetError, match=r"train\.parquet cannot be read as parquet \('utf-8' codec"):
+        opened(hub={"caption_column": "text"}).listing()
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"file_name": ["a.png"], "text": latin_words(1)}), stream)
+    hub.repos[NAME].commit({"metadata.parquet": stream.getvalue(), "a.png": b""})
+    with pytest.raises(DatasetError, match=r"metadata\.parquet is damaged \('utf-8' codec"):
+        opened(hub={"caption_column": "text"}).listing()
+
+
+def test_a_split_without_a_folder_is_refused(hub: DatasetHub, opened: Open) -> None:
+    hub.repos[NAME].commit({"train/a.png": b"", "test/a.png": b""})
+    with pytest.raises(DatasetError, match=r"no folder of split 'val' \(there are: test, train\); check split"):
+        opened(hub={"split": "val"}).listing()
+
+
 def test_a_folder_without_the_captions_asked_for_stops_the_plan(
     hub: DatasetHub, proxy: FaultyProxy, tmp_path: Path
 ) -> None:
@@ -255,8 +316,33 @@ def test_a_folder_without_the_captions_asked_for_stops_the_plan(
     entry = {
         "id": "set", "type": "huggingface", "dataset_name": NAME, "resolution": 128, "caption_column": "text",
     }  # fmt: skip
-    with pytest.raises(ConfigError, match=r"caption_strategy: is huggingface, but no picture has a caption there"):
+    with pytest.raises(ConfigError, match=r"none of its 6 pictures is usable .*_0\.png: alice/rings holds no caption"):
         make_plan(CONFIG, [entry], cwd=tmp_path)
+
+
+def test_the_plan_does_not_count_rows_without_a_caption(hub: DatasetHub, proxy: FaultyProxy, tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": png(1), "path": f"{index}.png"}, "text": ["a", None][index]} for index in range(2)]
+    hub.repos[NAME].commit({"train.parquet": table(rows)})
+    entry = {
+        "id": "set", "type": "huggingface", "dataset_name": NAME, "resolution": 128, "caption_column": "text",
+    }  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"too few: .* = 1, needs repeats 1\.(?s:.*)1\.png: alice/rings holds no caption"
+    ):
+        make_plan(CONFIG, [entry], cwd=tmp_path)
+    plan = make_plan(CONFIG | {"train_batch_size": 1, "max_skipped_share": 0.5}, [entry], cwd=tmp_path)
+    assert plan.summary["samples"] == {"set": 1}
+    assert download_dataset(plan.sections.download, tmp_path / "out").num_samples == 1
+
+
+@pytest.mark.parametrize("width", [-400, 0, None])
+def test_a_size_that_no_picture_has_is_measured(
+    hub: DatasetHub, proxy: FaultyProxy, tmp_path: Path, width: int | None
+) -> None:
+    rows = [{"image": {"bytes": png(index)}, "width": (width, 400)[index], "height": 320} for index in range(2)]
+    hub.repos[NAME].commit({"part.parquet": table(rows)})
+    entry = {"id": "set", "type": "huggingface", "dataset_name": NAME, "resolution": 128}
+    assert make_plan(CONFIG, [entry], cwd=tmp_path).summary["buckets"] == {"set": {"1.0": 2}}
 
 
 def test_a_hub_that_fails_for_good_is_named_also_inside_a_table(

@@ -180,6 +180,25 @@ def test_one_dead_address_is_a_skip(proxy: FaultyProxy, tmp_path: Path) -> None:
             source.read(other)
 
 
+@pytest.mark.parametrize("address", ["http://[bad/a.png?key=secret", "a\0b.png", "https:///a.png", "http://a b/c.png"])
+def test_an_address_that_is_none_is_a_skip(proxy: FaultyProxy, tmp_path: Path, address: str) -> None:
+    table = write(tmp_path / "t.parquet", (address, "x"), (f"{proxy.url}/1.png", "y"))
+    with closing(TableSource(settings(table))) as source:
+        bad, good = sorted(source.listing().pictures, key=lambda item: item.name.endswith("1.png"))
+        assert "secret" not in bad.name
+        with pytest.raises(ItemError, match="cannot be"):
+            source.header(bad, 100)
+        assert source.read(good)
+
+
+@pytest.mark.parametrize("column", ["url", "text"])
+def test_text_that_is_not_utf8_names_the_table(tmp_path: Path, column: str) -> None:
+    words = pa.StringArray.from_buffers(1, pa.py_buffer(bytes([0, 0, 0, 0, 4, 0, 0, 0])), pa.py_buffer(b"caf\xe9"))
+    pq.write_table(pa.table({"url": ["a.png"], "text": ["a"]} | {column: words}), tmp_path / "t.parquet")
+    with pytest.raises(DatasetError, match=r"t\.parquet is no readable parquet file \('utf-8' codec"):
+        listing(tmp_path / "t.parquet")
+
+
 def test_plan_measures_over_the_web(proxy: FaultyProxy, tmp_path: Path) -> None:
     write(tmp_path / "t.csv", *((f"{proxy.url}/{index}.png", "x") for index in range(3)))
     config = {"model_type": "full", "model_family": "pixart_sigma", "train_batch_size": 2, "max_train_steps": 10}

@@ -106,8 +106,9 @@ def whole() -> bytes:
         ("bomb.png", png_claiming(100_000, 100_000), "more than 89478485 pixels", True),
         ("poem.png", b"not a picture at all", "not a picture", True),
         ("page.jpg", b"<!doctype html><title>404</title>", "not a picture", True),
+        ("phone.HEIC", b"\0\0\0\x18ftypheic", "not a picture in a format that Pillow knows", True),
     ],
-    ids=["truncated", "cut header", "empty", "large", "bomb", "text", "page"],
+    ids=["truncated", "cut header", "empty", "large", "bomb", "text", "page", "phone"],
 )
 def test_a_file_that_is_no_picture_is_named(
     root: Path, caplog: pytest.LogCaptureFixture, name: str, data: bytes, reason: str, in_plan: bool
@@ -137,6 +138,10 @@ def save_palette(path: Path) -> None:
     Image.new("RGB", (64, 64), RED).quantize(4).save(path)
 
 
+def save_plain(path: Path) -> None:
+    Image.new("RGB", (64, 64), RED).save(path)
+
+
 def save_animated(path: Path) -> None:
     Image.new("RGB", (64, 64), RED).save(path, save_all=True, append_images=[Image.new("RGB", (64, 64), BLUE)] * 3)
 
@@ -154,6 +159,9 @@ def save_animated(path: Path) -> None:
         ("a.webp", save_animated, RED),
         ("a.png", save_animated, RED),
         ("a.tif", save_animated, RED),
+        ("a.apng", save_animated, RED),
+        ("a.tga", save_plain, RED),
+        ("a.jpe", save_cmyk, RED),
     ],
 )
 def test_unusual_pictures_are_used_as_they_look(root: Path, name: str, save: Any, colour: tuple[int, ...]) -> None:
@@ -170,7 +178,7 @@ def test_unusual_pictures_are_used_as_they_look(root: Path, name: str, save: Any
 def test_too_many_unreadable_pictures_are_found_by_the_plan(root: Path) -> None:
     for index in range(4):
         (root / f"bad_{index}.png").write_bytes(b"no")
-    with pytest.raises(ConfigError, match=r"4 of 7 pictures cannot be read .*bad_0\.png: not a picture.*max_skipped"):
+    with pytest.raises(ConfigError, match=r"4 of 7 pictures cannot be used .*bad_0\.png: not a picture.*max_skipped"):
         planned(root)
 
 
@@ -216,6 +224,16 @@ def test_links_that_lead_nowhere_are_named(root: Path, target: str) -> None:
     assert skipped(artifact)["set/link.png"].startswith("cannot be read (")
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_is_named_and_not_waited_for(root: Path, kind: str) -> None:
+    """A pipe nobody writes to would be read for ever, and a device without end."""
+    os.mkfifo(root / "odd.png") if kind == "pipe" else (root / "odd.png").symlink_to("/dev/zero")
+    assert "`set/odd.png`: is not a file but a pipe, a device or the like" in planned(root).markdown
+    artifact, samples = downloaded(root)
+    assert len(samples) == 3
+    assert skipped(artifact) == {"set/odd.png": "is not a file but a pipe, a device or the like"}
+
+
 def test_a_circle_of_folders_ends(root: Path) -> None:
     (root / "deep").mkdir()
     (root / "deep" / "up").symlink_to(root)
@@ -244,6 +262,17 @@ def test_odd_names(root: Path, caplog: pytest.LogCaptureFixture, name: str, good
     assert list(skipped(artifact)) == [f"set/{name}"]
     assert len(plan.markdown.partition("## Skipped pictures")[2].partition("##")[0].strip().splitlines()) == 1
     assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
+def test_a_name_that_is_not_utf8_is_named_by_the_plan_too(root: Path) -> None:
+    try:
+        shutil.copy(root / "good_0.png", os.fsdecode(bytes(root) + b"/st\xfcck.png"))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    plan = planned(root)
+    assert plan.summary["samples"] == {"set": 3}
+    assert "`set/st\\udcfcck.png`: its name is not UTF-8; rename it" in plan.markdown
+    assert skipped(downloaded(root)[0]) == {"set/st\\xfcck.png": "its name is not UTF-8; rename it"}
 
 
 def test_two_files_of_one_stem_are_two_samples(root: Path) -> None:

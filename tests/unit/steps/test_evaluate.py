@@ -73,8 +73,8 @@ def caches(base: ModelRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> t
     vae = family.load_vae(base, CPU)
     pictures = shapes.ring_eval_pictures()[:3]
     folders = [
-        _write_latents(family, vae, tmp_path / "latents0", "rings", pictures[:2]),
-        _write_latents(family, vae, tmp_path / "latents1", "rings", pictures[2:]),
+        _write_latents(family, vae, tmp_path / "latents0", "rings", pictures[:2], (0, 2)),
+        _write_latents(family, vae, tmp_path / "latents1", "rings", pictures[2:], (1, 2)),
     ]
     texts = ["", *(picture.caption for picture in pictures)]
     embeds = encode_texts(family, family.load_text_encoders(base, CPU), texts, CacheTextSection(model=base))
@@ -94,7 +94,12 @@ def caches(base: ModelRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> t
 
 
 def _write_latents(
-    family: object, vae: nn.Module, folder: Path, dataset: str, pictures: Sequence[shapes.Picture]
+    family: object,
+    vae: nn.Module,
+    folder: Path,
+    dataset: str,
+    pictures: Sequence[shapes.Picture],
+    part: tuple[int, int],
 ) -> Path:
     tensors, rows = {}, []
     generator = torch.Generator().manual_seed(len(pictures))
@@ -126,6 +131,7 @@ def _write_latents(
             reused=0,
             tensors={"latents": spec},
             shards=(entry,),
+            part=part,
         ),
     )
     return folder
@@ -190,6 +196,14 @@ def test_the_same_inputs_give_the_same_artifact(
     (tmp_path / "again" / "images" / "left-over.png").touch()
 
     assert evaluate(section, model, *caches, tmp_path / "again") == first
+
+
+def test_a_part_of_the_held_out_samples_that_is_missing_is_noticed(
+    section: EvaluateSection, caches: tuple[list[Path], list[Path]], base: ModelRef, tmp_path: Path
+) -> None:
+    model = _write_model(tmp_path / "model", base, "full")
+    with pytest.raises(ArtifactError, match=r"cache_vae was given as the parts 0 of 2 \(counted from 0\)"):
+        evaluate(section, model, caches[0][:1], caches[1], tmp_path / "out")
 
 
 def test_without_held_out_data_and_judge_the_report_says_so(

@@ -387,7 +387,7 @@ def test_the_plan_refuses_pictures_without_a_mask_and_misfits(tmp_path: Path, ba
     ("change", "message"),
     [
         ({"m/0.jpg": half()}, "0.jpg and 0.png belong to the same picture"),
-        ({"m/0.png": b"no picture"}, "1 of 4 pictures cannot be read (0.png: its mask 0.png: not a picture"),
+        ({"m/0.png": b"no picture"}, "1 of 4 pictures cannot be used (0.png: its mask 0.png: not a picture"),
     ],
 )
 def test_the_plan_names_bad_masks(

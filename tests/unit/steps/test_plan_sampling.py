@@ -114,7 +114,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     passes=st.one_of(st.none(), st.integers(0, 3)),
 )  # fmt: skip
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-def test_every_setting_that_is_advised_makes_the_plan_pass(
+def test_every_setting_that_is_advised_is_the_least_that_makes_the_plan_pass(
     folders: Path, squares: int, wide: int, batch: int, accumulation: int, passes: int | None
 ) -> None:
     config = {**CONFIG, "train_batch_size": batch, "gradient_accumulation_steps": accumulation}
@@ -135,6 +135,10 @@ def test_every_setting_that_is_advised_makes_the_plan_pass(
         ours = {name: value for name, value in settings_.items() if name == "repeats"}
         others = {name: value for name, value in settings_.items() if name != "repeats"}
         make_plan({**config, **others, **_allowed(settings_)}, [{**data[0], **ours}], cwd=folders)
+        if nearer := {name: value + 1 for name, value in list(others.items())[-1:]}:
+            message({**config, **others, **nearer}, data, folders)  # and nothing nearer to what was asked for does
+        elif ours.get("repeats"):
+            message(config, [{**data[0], "repeats": ours["repeats"] - 1}], folders)
     assert ("allow_dataset_oversubscription to true" in advice) is (passes is None)
 
 

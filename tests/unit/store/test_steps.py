@@ -161,6 +161,7 @@ def test_a_damaged_object_stops_training_and_is_encoded_again(
         ("gs://store-bucket/x", "POST .*uploadType", "writing .* access is denied .* Storage Object User"),
         ("gs://store-bucket/x", "DELETE ", "objects cannot be removed .* Storage Object User"),
         ("gs://", None, "no address like gs://bucket/prefix"),
+        ("s3://store-bucket/x", None, "a store is a folder or gs://bucket/prefix, and s3://store-bucket/x is neither"),
     ],
 )
 def test_plan_finds_out_whether_the_store_can_be_used(

@@ -139,7 +139,8 @@ def read_data(
             pictures.append(picture)
     for where, kind, name in seen.references:
         if name not in (seen.latents if kind == "image_embeds" else seen.text_filters):
-            problems.append(Problem(where, f"names {name!r}, but no entry with dataset_type {kind} has that id."))
+            message = f"names {name!r}, but no enabled entry with dataset_type {kind} has that id."
+            problems.append(Problem(where, message))
     pictures = [_with_filters(picture, seen) for picture in pictures]
     masks = seen.masks.linked(seen.ids, problems)
     data = Data(tuple(pictures), masks, (*seen.notes, *_unused_filters(pictures, seen)))

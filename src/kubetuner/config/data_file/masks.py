@@ -72,7 +72,7 @@ class MaskLinks:
         """Every entry of masks with the pictures it belongs to; ``ids`` are all ids, for messages."""
         for where, name in self.named.values():
             if name not in self.entries and not _told(problems, ids.get(name, " ")):
-                message = f"names {name!r}, but no entry with dataset_type conditioning has that id."
+                message = f"names {name!r}, but no enabled entry with dataset_type conditioning has that id."
                 problems.append(Problem(f"{where}.{_PLACE}", message))
         found = []
         for name, entry in self.entries.items():

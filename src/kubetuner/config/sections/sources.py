@@ -27,7 +27,7 @@ class HubDataset(Section):
     Attributes:
         name: ``dataset_name``: ``namespace/name``.
         revision: Branch, tag or commit; empty for ``main``. ``plan`` resolves it to a commit.
-        split: Which parquet files are read.
+        split: Which parquet files are read, or which folder where all are named after splits.
         image_column: Column of parquet files that holds the pictures.
         caption_column: Column of parquet files that holds captions; empty when captions come from elsewhere.
     """

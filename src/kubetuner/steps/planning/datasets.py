@@ -13,11 +13,12 @@ from kubetuner.config.sections.sources import Composite, DatasetSource
 from kubetuner.config.sections.steps import TrainSection
 from kubetuner.errors import DatasetError, Problem, on_one_line
 from kubetuner.progress import Progress
-from kubetuner.sources.base import HEADER_BYTES, Filtered, Item, ItemError, Listing, Source, named
+from kubetuner.sources.base import HEADER_BYTES, Filtered, Item, ItemError, Listing, Source, name_fault, named
 from kubetuner.sources.filters import KEY as FILTER_KEY
 from kubetuner.sources.filters import FilterError, nothing_left
 from kubetuner.sources.subset import subset
 from kubetuner.sources.switch import located, open_source
+from kubetuner.steps.planning.advice import fewest_passes, largest_batch
 from kubetuner.steps.planning.told_sizes import doubt
 from kubetuner.threads import in_threads
 
@@ -36,7 +37,7 @@ class Measured:
         filtered: What ``filter_func`` has left out of the listing.
         doubted: Why the sizes that a table tells are not believed; empty where they are, or there is none.
         skipped: Name and reason of pictures that cannot be used.
-        unreadable: Those among them that are no pictures or damaged; the others are left out by limits.
+        unreadable: Those among them that are damaged or lack a caption; the others are left out by limits.
     """
 
     entry: PictureData
@@ -59,7 +60,7 @@ class Measured:
         return sum(len(sizes) for sizes in self.buckets.values())
 
     def lose(self, name: str, reason: str) -> None:
-        """Leave out a picture that is none, or damaged."""
+        """Leave out a picture that is none, damaged or without a caption."""
         self.skipped.append((name, reason))
         self.unreadable.append(name)
 
@@ -167,6 +168,8 @@ def size_of(source: Source, item: Item) -> Size | str:
     """The upright picture's size, or why it has none."""
     from kubetuner.data.pictures import PictureError, measure
 
+    if fault := name_fault(item.name):
+        return fault
     if item.pixels:
         return item.pixels
     try:
@@ -184,12 +187,12 @@ def size_of(source: Source, item: Item) -> Size | str:
 
 def _uncaptioned(source: Source, measured: Measured, item: Item) -> str:
     """Why a picture is left out for want of a caption: SimpleTuner, too, leaves out what the table does not know."""
-    from kubetuner.data.captions import no_caption
+    from kubetuner.data.captions import caption_fault
 
     settings = measured.source
-    if item.captions is not None or settings.caption_strategy != "parquet" or settings.only_instance_prompt:
+    if settings.only_instance_prompt or settings.caption_strategy in ("filename", "textfile", "instanceprompt"):
         return ""
-    return no_caption(settings, source)
+    return caption_fault(settings, item, source)
 
 
 def _check_captions(pictures: Sequence[Item], listing: Listing, measured: Measured, problems: list[Problem]) -> None:
@@ -197,11 +200,7 @@ def _check_captions(pictures: Sequence[Item], listing: Listing, measured: Measur
 
     settings = measured.source
     where = f"{measured.entry.where}.caption_strategy"
-    if settings.only_instance_prompt or settings.caption_strategy in ("filename", "instanceprompt", "parquet"):
-        return
-    if settings.caption_strategy != "textfile":
-        if all(item.captions is None for item in pictures):
-            problems.append(Problem(where, f"is {settings.caption_strategy}, but no picture has a caption there."))
+    if settings.only_instance_prompt or settings.caption_strategy != "textfile":
         return
     missing = [item.name for item in pictures if text_name(item) not in listing.texts]
     if missing:
@@ -245,11 +244,12 @@ def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
         f"needs repeats {max(math.ceil(effective / len(sizes)) - 1, 0)}"
         for name, sizes in sorted(measured.buckets.items())
     ]
-    fullest = max(len(sizes) for sizes in measured.buckets.values())
-    needed = max(math.ceil(effective / fullest) - 1, 0)
-    fitting = fullest * (repeats + 1) // train.planned_micro_steps
+    counts = [len(sizes) for sizes in measured.buckets.values()]
+    needed = fewest_passes(counts, size, train.planned_micro_steps) - 1
+    repeated = [count * (repeats + 1) for count in counts]
+    fitting = largest_batch(repeated, train.planned_micro_steps)
     advice = f"set repeats to {needed}"
-    most = fullest * (repeats + 1) // train.planned_processes
+    most = sum(repeated) // train.planned_processes
     its = "its " if sampling.train_batch_size else ""
     if fitting:
         advice += f", or {its}train_batch_size to {fitting}"
@@ -271,17 +271,18 @@ def _times_processes(train: TrainSection) -> str:
 
 
 def unreadable_problems(measured: Measured, most: float) -> list[Problem]:
-    """More pictures than ``max_skipped_share`` cannot be read, so ``download_dataset`` would stop."""
+    """More pictures than ``max_skipped_share`` cannot be used, so ``download_dataset`` would stop."""
     total = measured.samples + len(measured.skipped)
     lost = len(measured.unreadable)
     if not measured.samples or lost <= most * total:
         return []
-    told = [f"{on_one_line(name)}: {reason}" for name, reason in measured.skipped if name in measured.unreadable]
+    first = measured.unreadable[:_NAMED]
+    told = [f"{on_one_line(name)}: {reason}" for name, reason in measured.skipped if name in first]
     message = (
-        f"{lost} of {total} pictures cannot be read ({'; '.join(told[:_NAMED])}); mend or remove them, or raise "
+        f"{lost} of {total} pictures cannot be used ({'; '.join(told)}); mend or remove them, or raise "
         f"max_skipped_share (now {most:g}) in config.json."
     )
-    return [Problem(f"{measured.entry.where}.instance_data_dir", message)]
+    return [Problem(measured.entry.where, message)]
 
 
 def steps_per_epoch(measured: Sequence[Measured], train: TrainSection) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kubetuner.config.sections.steps import TrainSection
+from kubetuner.steps.planning.advice import fewest_passes
 from kubetuner.steps.planning.datasets import Measured
 
 
@@ -34,7 +35,5 @@ def needed_repeats(measured: Measured, train: TrainSection) -> int:
     """The fewest repeats with which every bucket fills a batch and their batches fill an optimizer step."""
     counts = [len(sizes) for sizes in measured.buckets.values()]
     size = train.batch_size(measured.entry.sampling)
-    passes = math.ceil(size / min(counts))
-    while sum(count * passes // size for count in counts) < train.planned_micro_steps:
-        passes += 1
-    return passes - 1
+    every = math.ceil(size / min(counts))
+    return fewest_passes(counts, size, train.planned_micro_steps, every) - 1
