@@ -12,10 +12,10 @@ from urllib.parse import quote
 
 from kubetuner.config.sections.sources import DatasetSource
 from kubetuner.errors import DatasetError
-from kubetuner.sources.base import Item, Listing, PassingError, folder_listing, retrying, verify
+from kubetuner.sources.base import Item, Listing, PassingError, folder_listing, is_picture, retrying, verify
 from kubetuner.sources.filters import FilterError, RowTest, filtered_by_name
 from kubetuner.sources.hub_metadata import folder_rows
-from kubetuner.sources.parquet import HubFile, ParquetPictures, split_files
+from kubetuner.sources.parquet import HubFile, ParquetPictures, folder_split, split_files
 from kubetuner.sources.table import captions_of
 from kubetuner.sources.web import RefusedError, Web
 
@@ -84,10 +84,12 @@ class HubSource:
             wanted = " and ".join(self._test.columns.values())
             raise FilterError(f"it has no parquet files of pictures and no metadata file with the columns of {wanted}")
         captions = {name: captions_of(row.get(column)) for name, row in rows.items()} if column else {}
+        within = folder_split([name for name in self._files if is_picture(name)], self._hub.split)
         listing = folder_listing(
             (
                 Item(file.name, file.size, self._commit, checksum=file.checksum, captions=captions.get(file.name))
                 for file in self._files.values()
+                if file.name.startswith(within)
             ),
             self._commit,
         )

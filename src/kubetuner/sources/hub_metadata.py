@@ -41,9 +41,8 @@ def folder_rows(
             if missing := [f"{name!r} ({key})" for name, key in wanted.items() if name not in row]:
                 known, lack = ", ".join(map(str, row)), " and no column ".join(missing)
                 raise DatasetError(f"{file.path}: row {number} has no column {lack}; it has {known}")
-            found[f"{folder}{slash}{posixpath.normpath(str(row[_FILE_COLUMN]))}"] = {
-                name: row[name] for name in columns
-            }
+            picture = posixpath.normpath(str(row[_FILE_COLUMN]))
+            found[f"{folder}{slash}{picture}"] = {name: row[name] for name in columns}
     return found
 
 
