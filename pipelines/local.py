@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kubetuner.errors import StepError
+from pipelines.local_cache import forget_broken
 from pipelines.local_log import ANSI, RootHandler, RunLog, TaskLog, cause_of
 
 SHOWN_LINES = 12
@@ -40,12 +41,12 @@ class TaskFailedError(StepError):
         log: File with everything it printed.
     """
 
-    def __init__(self, step: str, lines: list[str], log: Path) -> None:
+    def __init__(self, step: str, lines: list[str], log: Path, advice: str = "") -> None:
         self.step, self.log = step, log
         reason, frames = cause_of(lines)
         shown = "".join(f"\n    {line}" for line in frames[-SHOWN_LINES:])
         super().__init__(
-            f"{step} failed: {reason or 'it ended without saying why'}{shown}\nEverything it printed: {log}"
+            f"{step} failed: {reason or 'it ended without saying why'}{shown}{advice}\nEverything it printed: {log}"
         )
 
 
@@ -137,7 +138,7 @@ def run_local(
                 with _captured(log), _stopped_together():
                     outputs = pipeline(**arguments).outputs
             except RuntimeError as error:
-                raise _failure(log, log_file, error) from error
+                raise _failure(log, log_file, error, _advice(out, environment)) from error
     new = sorted(set(artifacts.iterdir()) - before) if artifacts.is_dir() else []
     folders = {name: Path(value.path) for name, value in outputs.items() if hasattr(value, "path")}
     return LocalRun(folders, log.tasks, new[-1] if new else None)
@@ -156,15 +157,24 @@ def _start(out: Path, workspace: Path) -> None:
     )
 
 
-def _failure(log: RunLog, log_file: Path, error: RuntimeError) -> StepError:
+def _failure(log: RunLog, log_file: Path, error: RuntimeError, advice: str) -> StepError:
     for step, task in log.tasks.items():
         if task.failed:
-            return TaskFailedError(step, list(task.tail), log_file)
+            return TaskFailedError(step, list(task.tail), log_file, advice)
     for step, task in reversed(log.tasks.items()):
         if not task.cached and not task.ended:
-            return TaskFailedError(step, [*task.tail, ANSI.sub("", str(error))], log_file)
+            return TaskFailedError(step, [*task.tail, ANSI.sub("", str(error))], log_file, advice)
     reason = "; ".join(log.faults) or ANSI.sub("", str(error))
     return StepError(f"The pipeline failed: {reason} (log: {log_file})")
+
+
+def _advice(out: Path, environment: Mapping[str, str]) -> str:
+    """What to do about cached steps that can no longer be used."""
+    broken = forget_broken(out / "cache", environment["KUBETUNER_STORE"])
+    named = " and ".join(broken)
+    return (
+        f"\nShards of {named} are missing or damaged. Start the run again: it encodes their samples." if broken else ""
+    )
 
 
 @contextlib.contextmanager

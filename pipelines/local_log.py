@@ -177,7 +177,7 @@ def cause_of(tail: Sequence[str]) -> tuple[str, list[str]]:
     block = list(tail)[starts[-1] + 1 :]
     first = next((index for index, line in enumerate(block) if line and not line[0].isspace()), len(block))
     reason = "\n".join(block[first:])
-    own = re.match(r"kubetuner\.errors\.\w+: ", reason)
+    own = re.match(r"kubetuner\.[\w.]+Error: ", reason)
     return (reason[own.end() :], []) if own else (reason, block[:first])
 
 

@@ -97,6 +97,65 @@ def test_a_failure_names_the_step_and_its_cause(tmp_path):
     assert str(caught.value).startswith("gather failed: ValueError: the real reason\n")
 
 
+@dsl.component(base_image="local/python-test", install_kfp_package=False)
+def encode(latents: dsl.Output[dsl.Dataset]):
+    from pathlib import Path
+
+    import torch
+
+    from kubetuner.artifacts import LatentsArtifact, write_artifact
+    from kubetuner.steps.boundary import facts
+    from kubetuner.store import resolve_store
+
+    shard = resolve_store(Path(latents.path)).write_shard("latents", {"a" * 64: {"latents": torch.ones(4)}})
+    made = LatentsArtifact(fingerprint="f", num_samples=1, encoded=1, reused=0, tensors={}, shards=(shard,))
+    Path(latents.path).mkdir(parents=True)
+    write_artifact(Path(latents.path), made)
+    latents.metadata.update(facts(made))
+
+
+@dsl.component(base_image="local/python-test", install_kfp_package=False)
+def learn(latents: dsl.Input[dsl.Dataset], rate: float):
+    from pathlib import Path
+
+    from kubetuner.artifacts import LatentsArtifact, read_artifact
+    from kubetuner.store import resolve_store
+
+    folder = Path(latents.path)
+    resolve_store(folder).lease(read_artifact(folder, LatentsArtifact).shards[0].file)
+
+
+@dsl.pipeline(name="fragile")
+def fragile(rate: float):
+    learn(latents=encode().outputs["latents"], rate=rate)
+
+
+@pytest.mark.parametrize("fault", ["rotten", "rotten behind the mark", "removed"])
+def test_shards_that_are_damaged_or_gone_are_made_anew_by_the_next_run(tmp_path, monkeypatch, fault):
+    monkeypatch.delenv("KUBETUNER_STORE", raising=False)
+
+    def go(rate: float):
+        environment = child_environment(ROOT, tmp_path.resolve())
+        return run_local(lambda: fragile, {"rate": rate}, tmp_path, environment, io.StringIO()).tasks
+
+    go(1.0)
+    (shard,) = (tmp_path / "store/shards").iterdir()
+    before = shard.stat()
+    if fault == "removed":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    if fault == "rotten behind the mark":
+        os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(
+        TaskFailedError, match=r"(?s)learn failed: shard .*latents are missing or damaged\. Start the run"
+    ):
+        go(2.0)
+    tasks = go(2.0)
+    assert {name: task.cached for name, task in tasks.items()} == {"encode": False, "learn": False}
+    assert {name: task.cached for name, task in go(2.0).items()} == {"encode": True, "learn": True}
+
+
 WAITING = """
 import io, sys
 from pathlib import Path
@@ -152,6 +211,8 @@ def test_an_error_of_ours_is_shown_without_frames():
         "  - a",
     ]
     assert cause_of(tail) == ("too few\n  - a", [])
+    assert cause_of([*tail[:3], "kubetuner.store.DamagedShardError: it is damaged"]) == ("it is damaged", [])
+    assert cause_of([*tail[:3], "ValueError: it is damaged"]) == ("ValueError: it is damaged", ["  File x"])
     assert cause_of(["Killed"]) == ("", ["Killed"])
 
 

@@ -177,6 +177,7 @@ def build_sections(base: Base, data: Data, where: str, cwd: Path, problems: list
                 "model": base.model,
                 "datasets": tuple(entry.geometry for entry in data.pictures),
                 **values.pick("vae_batch_size", "vae_cache_moments", "seed"),
+                **({"vae_batch_size": data.vae_batch_size} if data.vae_batch_size else {}),
                 **({"dtype": values.text("vae_dtype")} if "vae_dtype" in values else {}),
             }
         ),

@@ -212,7 +212,8 @@ def as_planned(listing: Listing, revision: str, newest: int) -> Listing:
     if kept.revision == revision:
         logger.warning("%d file(s) came after the run was planned and are left out: %s", len(later), named(later))
         return replace(kept, filtered=listing.filtered)
-    written = f"written since: {named(later)}" if later else "no file is newer, so some were removed, moved or renamed"
+    gone = "no file is newer, so some were removed, moved or renamed, or came with an older date"
+    written = f"written since: {named(later)}" if later else gone
     raise DatasetError(f"it has changed after the run was planned ({written}); start the run again")
 
 

@@ -428,6 +428,31 @@ def test_when_latents_are_made_is_the_entrys_or_else_the_runs() -> None:
     assert not whole.notes
 
 
+@pytest.mark.parametrize(
+    ("run", "entries", "found", "noted"),
+    [
+        (None, (None, None), 4, 0),
+        (8, (None, None), 8, 0),
+        (None, (8, None), 8, 0),
+        (8, (2, 4), 2, 1),
+        (1, (2, 4), 1, 2),
+    ],
+)
+def test_pictures_are_encoded_in_the_smallest_batches_asked_for(
+    run: int | None, entries: tuple[int | None, ...], found: int, noted: int
+) -> None:
+    config = CONFIG if run is None else CONFIG | {"vae_batch_size": run}
+    data = [
+        image(id=str(index)) if size is None else image(id=str(index), vae_batch_size=size)
+        for index, size in enumerate(entries or (None,))
+    ]
+    read = load(config, data)
+    assert read.sections.cache_vae.vae_batch_size == found
+    notes = [note for note in read.notes if "vae_batch_size" in note]
+    assert len(notes) == noted
+    assert all(f"pictures of all datasets are encoded {found} at once" in note for note in notes)
+
+
 def test_where_caches_lie_is_noted_and_changes_nothing() -> None:
     bucket = {"type": "aws", "aws_bucket_name": "caches"}
     latents = {"id": "latents", "dataset_type": "image_embeds", "cache_dir": "vae", **bucket}

@@ -1,6 +1,8 @@
 """A bucket on a real emulator process, behind a proxy that misbehaves."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -25,6 +27,7 @@ from kubetuner.steps.download_dataset import download_dataset
 from kubetuner.steps.plan import make_plan
 from tests.servers.faults import FaultyProxy
 from tests.servers.gcs import empty_bucket, fake_gcs, let_go
+from tests.servers.metadata import TOKEN, metadata_server
 
 BUCKET = "pictures-bucket"
 
@@ -216,6 +219,30 @@ def test_without_credentials_requests_are_anonymous(caplog: pytest.LogCaptureFix
     with caplog.at_level("INFO"), closing(GcsSource(settings())) as source:
         assert isinstance(source._client._credentials, AnonymousCredentials)
     assert "requests are anonymous" in caplog.text
+
+
+POD = """
+from google.auth.transport.requests import Request
+from kubetuner.errors import DatasetError
+from kubetuner.google_storage import connect
+
+for access in ("read_only", "read_write"):
+    client = connect(access, 1, DatasetError)
+    client._credentials.refresh(Request())
+    print(client._credentials.token)
+"""
+
+
+@pytest.mark.usefixtures("no_credentials")
+def test_a_pod_has_the_tokens_of_its_service_account(tmp_path: Path) -> None:
+    """Workload identity: Google's library asks the metadata server, whose address it reads when it is imported."""
+    with metadata_server() as (host, asked):
+        added = {"GCE_METADATA_HOST": host, "GCE_METADATA_IP": host, "CLOUDSDK_CONFIG": str(tmp_path)}
+        environment = {name: value for name, value in os.environ.items() if name != "NO_GCE_CHECK"} | added
+        done = subprocess.run([sys.executable, "-c", POD], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [TOKEN, TOKEN], done.stderr
+    scopes = [path.rpartition("devstorage.")[2] for path in asked if "/token?" in path]
+    assert scopes == ["read_only", "read_write"]
 
 
 @pytest.mark.usefixtures("no_credentials")

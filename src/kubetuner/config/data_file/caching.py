@@ -1,4 +1,6 @@
-"""The keys of a picture entry that say when its latents are made."""
+"""The keys of a picture entry that say when its latents are made, and how many at once."""
+
+from collections.abc import Mapping
 
 from kubetuner.config.keys import Values
 from kubetuner.config.sections.geometry import VaeCache
@@ -24,6 +26,30 @@ def read_vae_cache(values: Values, run: Values, where: str, problems: list[Probl
         reason = "with vae_cache_disable every use draws another sample anyway, and nothing is kept"
         notes.append(f"{where}.`vae_cache_moments`: {reason}")
     return "disabled" if disabled else "ondemand" if _flag(values, run, "vae_cache_ondemand") else "ahead"
+
+
+def least_vae_batch(entries: Mapping[str, int], run: Values, notes: list[str]) -> int | None:
+    """How many pictures are encoded at once: the smallest ``vae_batch_size``, so that there is memory for each dataset.
+
+    One size for all keeps a picture's latents the same whichever dataset they are made for.
+
+    Args:
+        entries: What picture entries say, by file and index; 0 for nothing.
+        run: Values of ``config.json``.
+        notes: Receives a line for each entry whose size is larger.
+
+    Returns:
+        ``None`` where no entry says a size.
+    """
+    if not any(entries.values()):
+        return None
+    least = min(size for size in (run.integer("vae_batch_size", 0), *entries.values()) if size)
+    notes.extend(
+        f"{where}.`vae_batch_size`: pictures of all datasets are encoded {least} at once, the least that is asked for"
+        for where, size in entries.items()
+        if size and size != least
+    )
+    return least
 
 
 def _flag(values: Values, run: Values, name: str) -> bool:

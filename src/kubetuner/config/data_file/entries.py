@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from kubetuner.config.data_file.caching import read_vae_cache
+from kubetuner.config.data_file.caching import least_vae_batch, read_vae_cache
 from kubetuner.config.data_file.captions import read_filters, read_shuffle
 from kubetuner.config.data_file.crops import read_crop
 from kubetuner.config.data_file.keys import LATENTS_SCHEMA, MASK_SCHEMA, PICTURE_SCHEMA, TEXT_SCHEMA
@@ -43,6 +43,7 @@ class PictureData:
         where: File and index, for messages.
         epochs: When it is drawn from, where that is said in epochs.
         repeats_set: Whether ``repeats`` is the user's; others may be raised (``allow_dataset_oversubscription``).
+        vae_batch_size: How many of its pictures may be encoded at once; 0 where it does not say.
     """
 
     where: str
@@ -51,6 +52,7 @@ class PictureData:
     sampling: DatasetSampling
     captions: DatasetCaptions
     repeats_set: bool = False
+    vae_batch_size: int = 0
     epochs: Epochs | None = None
 
 
@@ -61,11 +63,13 @@ class Data:
     Attributes:
         masks: Those that hold masks.
         notes: What was accepted and has no effect here.
+        vae_batch_size: Pictures encoded at once; ``None`` where no entry says it.
     """
 
     pictures: tuple[PictureData, ...] = ()
     masks: tuple[MaskData, ...] = ()
     notes: tuple[str, ...] = ()
+    vae_batch_size: int | None = None
 
     def of(self, dataset_type: Literal["image", "eval"]) -> tuple[PictureData, ...]:
         """Entries of one role."""
@@ -141,9 +145,9 @@ def read_data(
         if name not in (seen.latents if kind == "image_embeds" else seen.text_filters):
             message = f"names {name!r}, but no enabled entry with dataset_type {kind} has that id."
             problems.append(Problem(where, message))
-    pictures = [_with_filters(picture, seen) for picture in pictures]
-    masks = seen.masks.linked(seen.ids, problems)
-    data = Data(tuple(pictures), masks, (*seen.notes, *_unused_filters(pictures, seen)))
+    pictures, masks = [_with_filters(one, seen) for one in pictures], seen.masks.linked(seen.ids, problems)
+    at_once = least_vae_batch({one.where: one.vae_batch_size for one in pictures}, run, seen.notes)
+    data = Data(tuple(pictures), masks, (*seen.notes, *_unused_filters(pictures, seen)), at_once)
     if not data.of("image") and not problems:
         problems.append(Problem(file, "has no enabled entry with dataset_type image; there is nothing to train on."))
     if data.of("image") and all(entry.sampling.is_regularisation_data for entry in data.of("image")):
@@ -262,6 +266,7 @@ def _read_pictures(
         sampling,
         DatasetCaptions(id=name, shuffle=shuffle),
         repeats_set="repeats" in values,
+        vae_batch_size=values.integer("vae_batch_size", 0),
         epochs=read_epochs(values),
     )
 

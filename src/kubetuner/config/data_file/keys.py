@@ -124,6 +124,9 @@ _PICTURES: dict[str, Rule] = {
     "conditioning_data": Key("texts"),
     "conditioning_type": Foreign("It belongs to the entry with dataset_type conditioning that this one names."),
     "conditioning": Foreign(_GENERATED),
+    "vae_batch_size": Key("int", low=1),
+    "image_processing_batch_size": Unneeded("int", "pictures are prepared as they are needed"),
+    "max_workers": Unneeded("int", "the number of workers follows the processors"),
     "vae_cache_clear_each_epoch": Key("bool"),
     "vae_cache_disable": Key("bool"),
     "vae_cache_ondemand": Key("bool"),
@@ -170,7 +173,9 @@ _MASKS: dict[str, Rule] = {
     **{name: Unneeded("float", _WITH_PICTURES) for name in (
         "repeats", "probability", "train_batch_size", "timestep_sampling_offset",
     )},
-    **{name: Unneeded("int", _WITH_PICTURES) for name in ("start_epoch", "end_epoch", "start_step", "end_step")},
+    **{name: Unneeded("int", _WITH_PICTURES) for name in (
+        "start_epoch", "end_epoch", "start_step", "end_step", "vae_batch_size",
+    )},
     "is_regularisation_data": Unneeded("bool", _WITH_PICTURES),
     **{name: Unneeded("str", _NO_CAPTIONS) for name in ("caption_strategy", "text_embeds")},
     **{name: Unneeded("bool", _NO_CAPTIONS) for name in (
