@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 from kubetuner.config.sections.sources import MetadataTable
 from kubetuner.errors import DatasetError
 from kubetuner.sources.base import PICTURE_EXTENSIONS, Item, Listing, Source, listing_of
+from kubetuner.sources.relisted import Relisted
 from kubetuner.sources.table import captions_of
 
 ToldT = TypeVar("ToldT")
@@ -30,12 +31,12 @@ class HoldsTables(Source, Protocol):
         """
 
 
-class Described:
+class Described(Relisted):
     """``source`` with the captions and sizes of ``table``."""
 
     def __init__(self, source: HoldsTables, table: MetadataTable) -> None:
+        super().__init__(source)
         self._source, self._table = source, table
-        self.place, self.key, self.readers = source.place, source.key, source.readers
 
     def listing(self) -> Listing:
         """See :class:`Source`; pictures that the table does not know have no captions and no size."""
@@ -53,18 +54,6 @@ class Described:
             for picture in found.pictures
         ]
         return listing_of(pictures, (*found.texts.values(), item))
-
-    def read(self, item: Item) -> bytes:
-        """See :class:`Source`."""
-        return self._source.read(item)
-
-    def header(self, item: Item, length: int) -> bytes:
-        """See :class:`Source`."""
-        return self._source.header(item, length)
-
-    def close(self) -> None:
-        """See :class:`Source`."""
-        self._source.close()
 
 
 def identifiers(pictures: Sequence[Item], table: MetadataTable) -> dict[str, tuple[str, ...]]:

@@ -10,6 +10,7 @@ from kubetuner.config.sections.sources import DatasetSource, PathFilter, RowFilt
 from kubetuner.errors import DatasetError, on_one_line
 from kubetuner.sources.base import Filtered, Item, Listing, Source, listing_of
 from kubetuner.sources.items import Items
+from kubetuner.sources.relisted import Relisted
 
 KEY = "filter_func"
 NAME_COLUMNS = ("file_name", "filename", "path")
@@ -108,31 +109,19 @@ def filtered_by_name(listing: Listing, refusal: Callable[[Item], str], revision:
     return replace(listing_of(kept, listing.texts.values(), revision), filtered=tally.result())
 
 
-class FilteredByName:
+class FilteredByName(Relisted):
     """``source`` with the pictures alone whose names ``paths`` lets through.
 
     Pictures that are left out do not count for the revision, so they may change without another download.
     """
 
     def __init__(self, source: Source, paths: PathFilter) -> None:
+        super().__init__(source)
         self._source, self._names = source, NameTest(paths)
-        self.place, self.key, self.readers = source.place, source.key, source.readers
 
     def listing(self) -> Listing:
         """See :class:`Source`."""
         return filtered_by_name(self._source.listing(), lambda item: self._names.refusal([item.name]))
-
-    def read(self, item: Item) -> bytes:
-        """See :class:`Source`."""
-        return self._source.read(item)
-
-    def header(self, item: Item, length: int) -> bytes:
-        """See :class:`Source`."""
-        return self._source.header(item, length)
-
-    def close(self) -> None:
-        """See :class:`Source`."""
-        self._source.close()
 
 
 class RowTest:
