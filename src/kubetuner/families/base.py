@@ -85,7 +85,10 @@ class Family(Protocol):
         ...
 
     def encode_texts(self, encoders: Any, texts: Sequence[str], section: CacheTextSection) -> list[Named]:
-        """Per text its tensors without a batch dimension, trimmed where ``facts.trims_text``; CPU, float32."""
+        """Per text its tensors without a batch dimension, trimmed where ``facts.trims_text``; CPU.
+
+        Those of a whole shard are in memory together, so they are made in ``section.dtype``, which is stored.
+        """
         ...
 
     def load_denoiser(self, ref: ModelRef, device: torch.device, dtype: torch.dtype) -> nn.Module:

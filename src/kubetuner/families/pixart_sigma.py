@@ -54,7 +54,7 @@ class PixArtSigma(KlLatents, Adapters):
         """T5's last hidden states of the cleaned texts, trimmed to their tokens: ``embeds`` ``[tokens, D]``."""
         prepared = prepare(texts, section.clean_caption)
         length = min(section.max_length or MAX_TOKENS, MAX_TOKENS)
-        states = encode_at_length(encoders, prepared, length, section.text_encoder_batch_size)
+        states = encode_at_length(encoders, prepared, length, section)
         return [{"embeds": state} for state in states]
 
     def load_denoiser(self, ref: ModelRef, device: torch.device, dtype: torch.dtype) -> nn.Module:

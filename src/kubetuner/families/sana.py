@@ -83,8 +83,10 @@ class Sana(Adapters):
         padded = length
         if section.instruction:
             padded += len(encoders.tokenizer.encode(section.instruction)) - 2
-        states = encode_at_length(encoders, prepared, padded, section.text_encoder_batch_size)
+        states = encode_at_length(encoders, prepared, padded, section)
         first_kept = padded - length + 1
+        if first_kept == 1:
+            return [{"embeds": state} for state in states]
         return [{"embeds": torch.cat([state[:1], state[first_kept:]])} for state in states]
 
     def load_denoiser(self, ref: ModelRef, device: torch.device, dtype: torch.dtype) -> nn.Module:

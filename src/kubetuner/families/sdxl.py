@@ -18,7 +18,7 @@ from kubetuner.families.autoencoders import KlLatents
 from kubetuner.families.base import FamilyFacts, Named
 from kubetuner.families.pictures import drawing, starting_noise
 from kubetuner.families.quantised import load_text_encoder
-from kubetuner.families.text import PAD_TO, TextEncoder, in_batches
+from kubetuner.families.text import PAD_TO, TextEncoder, in_batches, stored_dtype
 
 MAX_TOKENS = 77
 
@@ -81,7 +81,8 @@ class Sdxl(KlLatents, Adapters):
         """
         first, second = (_tokens(encoder, texts) for encoder in (encoders.first, encoders.second))
         rows = list(zip(texts, first, second, strict=True))
-        return in_batches(lambda some: _encode(encoders, some), rows, section.text_encoder_batch_size)
+        dtype = stored_dtype(section)
+        return in_batches(lambda some: _encode(encoders, some, dtype), rows, section.text_encoder_batch_size)
 
     def load_denoiser(self, ref: ModelRef, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """See :class:`~kubetuner.families.base.Family`."""
@@ -155,15 +156,15 @@ class Sdxl(KlLatents, Adapters):
 
 
 @torch.no_grad()
-def _encode(encoders: SdxlTextEncoders, rows: Sequence[tuple[str, list[int], list[int]]]) -> list[Named]:
+def _encode(
+    encoders: SdxlTextEncoders, rows: Sequence[tuple[str, list[int], list[int]]], dtype: torch.dtype
+) -> list[Named]:
     first, _ = _clip(encoders.first, [tokens for _, tokens, _ in rows])
     second, pooled = _clip(encoders.second, [tokens for _, _, tokens in rows])
-    embeds = torch.cat([first, second], dim=-1)
-    named: list[Named] = []
-    for row, (text, _, _) in enumerate(rows):
-        keep = 0.0 if encoders.empty_is_zeros and not text else 1.0
-        named.append({"embeds": embeds[row] * keep, "pooled": pooled[row] * keep})
-    return named
+    keep = torch.tensor([0.0 if encoders.empty_is_zeros and not text else 1.0 for text, _, _ in rows])
+    embeds = (torch.cat([first, second], dim=-1) * keep[:, None, None]).to(dtype)
+    pooled = (pooled * keep[:, None]).to(dtype)
+    return [{"embeds": one, "pooled": other} for one, other in zip(embeds, pooled, strict=True)]
 
 
 def _tokens(encoder: TextEncoder, texts: Sequence[str]) -> list[list[int]]:

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kubetuner.config.sections.steps import CacheTextSection
+
 ItemT = TypeVar("ItemT")
 
 PAD_TO = 8
@@ -27,26 +29,39 @@ class TextEncoder:
     model: nn.Module
 
 
+def stored_dtype(section: CacheTextSection) -> torch.dtype:
+    """What embeddings are stored in, and so are made: those of a whole shard are in memory together."""
+    return torch.bfloat16 if section.dtype == "bf16" else torch.float32
+
+
 @torch.no_grad()
-def encode_at_length(encoder: TextEncoder, texts: Sequence[str], max_length: int, batch_size: int) -> list[Tensor]:
-    """Last hidden states ``[tokens, D]`` per text on CPU, float32, without padding.
+def encode_at_length(
+    encoder: TextEncoder, texts: Sequence[str], max_length: int, section: CacheTextSection
+) -> list[Tensor]:
+    """Last hidden states ``[tokens, D]`` per text on CPU, in the section's dtype, without padding.
 
     Texts of about one length are encoded together, so little is padded; whatever the others, a result is the same.
+    The results lie in one block: left singly between the batches' large blocks, they would keep these from being joined
+    again, and every batch would take new memory.
     """
+    dtype, batch_size = stored_dtype(section), section.text_encoder_batch_size
     tokenizer, model = encoder.tokenizer, encoder.model
     device = next(model.parameters()).device
     ids: list[list[int]] = tokenizer(
         list(texts), truncation=True, max_length=max_length, add_special_tokens=True
     ).input_ids
-    states: dict[int, Tensor] = {}
-    for length, places in _by_length([len(row) for row in ids], batch_size):
+    lengths = [len(row) for row in ids]
+    states: Sequence[Tensor] = ()
+    for length, places in _by_length(lengths, batch_size):
         rows = [ids[place] + [tokenizer.pad_token_id] * (length - len(ids[place])) for place in places]
-        lengths = torch.tensor(_filled([len(ids[place]) for place in places], batch_size))
-        mask = (torch.arange(length) < lengths[:, None]).long()
+        filled = torch.tensor(_filled([lengths[place] for place in places], batch_size))
+        mask = (torch.arange(length) < filled[:, None]).long()
         hidden = model(torch.tensor(_filled(rows, batch_size)).to(device), attention_mask=mask.to(device))[0]
-        for place, state in zip(places, hidden.float().cpu(), strict=False):
-            states[place] = state[: len(ids[place])].clone()
-    return [states[place] for place in range(len(ids))]
+        hidden = hidden.to("cpu", dtype)
+        states = states or hidden.new_empty(sum(lengths), hidden.shape[-1]).split(lengths)
+        for place, state in zip(places, hidden, strict=False):
+            states[place].copy_(state[: lengths[place]])
+    return list(states)
 
 
 def pad_together(sequences: Sequence[Tensor], pad_to: int = PAD_TO) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Counting a dataset's pictures for the plan: headers only, no pixels are decoded."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -29,14 +30,14 @@ class Measured:
     Attributes:
         entry: The entry of the data file.
         source: Its source, with local paths absolute and the revision and newest file of the listing.
-        buckets: Target sizes (width, height) of the usable pictures, by bucket.
+        buckets: How many of the usable pictures have which target size (width, height), by bucket.
         skipped: Name and reason of pictures that cannot be used.
         unreadable: Those among them that are no pictures or damaged; the others are left out by limits.
     """
 
     entry: PictureData
     source: DatasetSource
-    buckets: dict[str, list[Size]] = field(default_factory=dict)
+    buckets: dict[str, Counter[Size]] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     exists: bool = True
@@ -49,7 +50,7 @@ class Measured:
     @property
     def samples(self) -> int:
         """Usable pictures."""
-        return sum(len(sizes) for sizes in self.buckets.values())
+        return sum(sizes.total() for sizes in self.buckets.values())
 
     def lose(self, name: str, reason: str) -> None:
         """Leave out a picture that is none, or damaged."""
@@ -105,7 +106,6 @@ def _measure(source: Source, measured: Measured, problems: list[Problem], masks:
     if masks is not None:
         masks.look(pictures)
     sizes = in_threads(lambda item: size_of(source, item), pictures, source.readers, "plan")
-    targets: dict[Size, Size] = {}
     with Progress(f"plan {measured.id}", len(pictures), "pictures") as progress:
         for item, size in zip(pictures, sizes, strict=True):
             progress.advance()
@@ -119,9 +119,7 @@ def _measure(source: Source, measured: Measured, problems: list[Problem], masks:
             elif masks is not None and (refusal := masks.refusal(item.name, size)):
                 measured.lose(item.name, refusal)
             else:
-                # One object for each size, however many pictures have it.
-                target = targets.setdefault(placement.target_size, placement.target_size)
-                measured.buckets.setdefault(placement.bucket, []).append(target)
+                measured.buckets.setdefault(placement.bucket, Counter())[placement.target_size] += 1
     _check_captions(pictures, listing, measured, problems)
 
 
@@ -174,7 +172,7 @@ def _check_captions(pictures: Sequence[Item], listing: Listing, measured: Measur
 def kept_buckets(measured: Measured, train: TrainSection) -> dict[str, int]:
     """Pictures, repeats counted, of the buckets that fill a batch; the others are never drawn from."""
     passes = measured.entry.sampling.repeats + 1
-    counted = {name: len(sizes) * passes for name, sizes in measured.buckets.items()}
+    counted = {name: sizes.total() * passes for name, sizes in measured.buckets.items()}
     return {name: count for name, count in counted.items() if count >= train.train_batch_size}
 
 
@@ -196,12 +194,14 @@ def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
     if not measured.trained_on or drawn_per_epoch(measured, train) >= effective:
         return []
     repeats = measured.entry.sampling.repeats
-    lines = [
-        f"bucket {name} ({sizes[0][0]}x{sizes[0][1]}): {len(sizes)} x ({repeats} + 1) = {len(sizes) * (repeats + 1)}, "
-        f"needs repeats {max(math.ceil(effective / len(sizes)) - 1, 0)}"
-        for name, sizes in sorted(measured.buckets.items())
-    ]
-    fullest = max(len(sizes) for sizes in measured.buckets.values())
+    lines = []
+    for name, sizes in sorted(measured.buckets.items()):
+        (width, height), count = next(iter(sizes)), sizes.total()
+        lines.append(
+            f"bucket {name} ({width}x{height}): {count} x ({repeats} + 1) = {count * (repeats + 1)}, "
+            f"needs repeats {max(math.ceil(effective / count) - 1, 0)}"
+        )
+    fullest = max(sizes.total() for sizes in measured.buckets.values())
     needed = max(math.ceil(effective / fullest) - 1, 0)
     fitting = fullest * (repeats + 1) // train.planned_micro_steps
     advice = f"set repeats to {needed}"

@@ -32,7 +32,7 @@ def oversubscribe(measured: Sequence[Measured], train: TrainSection) -> tuple[li
 
 def needed_repeats(measured: Measured, train: TrainSection) -> int:
     """The fewest repeats with which every bucket fills a batch and their batches fill an optimizer step."""
-    counts = [len(sizes) for sizes in measured.buckets.values()]
+    counts = [sizes.total() for sizes in measured.buckets.values()]
     size = train.train_batch_size
     passes = math.ceil(size / min(counts))
     while sum(count * passes // size for count in counts) < train.planned_micro_steps:
