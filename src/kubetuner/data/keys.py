@@ -92,6 +92,6 @@ class Keys:
         return tuple(sorted((self._shards[number] for (number,) in used), key=lambda shard: shard.file))
 
     def missing(self, *, by_key: bool = False) -> "array[int]":
-        """The first place of every key that is in no shard, by rank; those of one rank by place, or by key, backwards."""
+        """The first place of every key that is in no shard, by rank; of one rank by place, or by key, backwards."""
         order = "rank, key DESC" if by_key else "rank, place"
         return array("q", (place for (place,) in self._scratch.rows(f"SELECT place {_MISSING} ORDER BY {order}")))
