@@ -42,11 +42,10 @@ def main() -> None:
         rows.append([f"bytes a sample above {counts[0]:,}", *(f"{each:,.0f}" for each in above)])
     note = (
         f"\n\nPeak resident MB of a fresh process, one run each; {FAMILY}, a unit model, pictures of {EDGE} px whose "
-        f"names, {len(caption(0))} bytes long, are their captions. What "
-        "grows: plan and download_dataset hold the listing (the name and some 70 bytes a file; plan a size more), "
-        "download_dataset also 8 bytes a picture; the cache steps hold content keys and where rows and shards are "
-        "(about 65 bytes, for a moment 90 while keys are sorted) and the index entries of what they wrote; the rest is "
-        "the allocator's."
+        f"names, {len(caption(0))} bytes long, are their captions. Listings, keys and rows stay on disk. What grows is "
+        "bounded but for some 8 to 20 bytes a sample (places that are still to be encoded, where rows are): SQLite "
+        "keeps 2 MB of each table in memory and takes as much to sort, and tokenizers keep the pieces of texts they "
+        "have seen."
     )
     report("Data steps: peak memory", table(["samples", "imports", *STEPS[1:]], rows) + note)
 

@@ -6,8 +6,6 @@ schema version they do not know, and verify checksums. Rows that there are many 
 and checksummed in it like every other payload file.
 """
 
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -17,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from kubetuner import __version__
 from kubetuner.digests import sha256_of
 from kubetuner.errors import ArtifactError
+from kubetuner.replacing import replacing
 
 ARTIFACT_FILE = "artifact.json"
 SAMPLES_FILE = "samples.jsonl"
@@ -301,18 +300,8 @@ RecordT = TypeVar("RecordT", bound=Record)
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, flush it to disk and rename it over ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(str(path)) as temporary:
+        write(Path(temporary))
 
 
 def write_text(path: Path, text: str) -> None:

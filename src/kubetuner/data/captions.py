@@ -1,6 +1,6 @@
 """The captions of a picture, by ``caption_strategy``."""
 
-from pathlib import PurePosixPath
+import posixpath
 
 from kubetuner.config.sections.sources import DatasetSource
 from kubetuner.errors import DatasetError
@@ -53,7 +53,7 @@ def _own(settings: DatasetSource, picture: Item, listing: Listing, source: Sourc
     if settings.caption_strategy == "textfile":
         return _from_textfile(settings, picture, listing, source)
     if settings.caption_strategy == "filename":
-        return (PurePosixPath(picture.name).stem.replace("_", " ").strip(),)
+        return (posixpath.splitext(posixpath.basename(picture.name))[0].replace("_", " ").strip(),)
     if fault := caption_fault(settings, picture, source):
         raise CaptionError(fault)
     return picture.captions or ()

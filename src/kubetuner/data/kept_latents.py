@@ -25,7 +25,7 @@ class KeptLatents:
     def __init__(self, store: Store, namespace: str, names: Sequence[str], keys: Iterable[str]) -> None:
         self._store, self._namespace, self._names = store, namespace, names
         self._reader = ShardReader(store)
-        self._keys = Keys(keys)
+        self._keys = Keys((place, key, 0) for place, key in enumerate(keys))
         self._waiting: dict[str, dict[str, Tensor]] = {}
         self.look()
 

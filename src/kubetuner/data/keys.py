@@ -1,89 +1,97 @@
-"""Content keys of very many samples and the shard that each is in, in about 50 bytes a sample.
+"""Content keys of very many samples and the shard that each is in; on disk, so that any number fits into memory."""
 
-As strings in a dictionary they would take five times as much.
-"""
-
-from collections.abc import Collection, Iterable
-
-import numpy as np
-from numpy.typing import NDArray
+from array import array
+from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
 
 from kubetuner.artifacts import ShardEntry
+from kubetuner.scratch import Scratch
 
 # A shard of latents is written, and so survives a kill, after this many encoded samples.
 SAMPLES_PER_SHARD = 256
-_NOWHERE = -1
+# SQLite before 3.32 takes at most 999.
+_ASKED_AT_ONCE = 512
+
+_TABLES = (
+    # ``first`` is the first place that has the same key.
+    "CREATE TABLE keys (place INTEGER PRIMARY KEY, key BLOB, rank INTEGER, first INTEGER)",
+    "CREATE TABLE shards (first INTEGER PRIMARY KEY, shard INTEGER)",
+)
+_FIND_TWINS = """
+    UPDATE keys SET first = (SELECT min(twin.place) FROM keys AS twin WHERE twin.key = keys.key)
+    WHERE key IN (SELECT key FROM keys GROUP BY key HAVING count(*) > 1)
+"""
+_WITH_SHARDS = "keys LEFT JOIN shards USING (first)"
+_MISSING = f"FROM {_WITH_SHARDS} WHERE place = first AND shard IS NULL"
 
 
 class Keys:
-    """Content keys (SHA-256, hex) by position; equal ones share a shard."""
+    """Content keys (SHA-256, hex) of samples by place; equal ones share a shard. Threads may use it.
 
-    def __init__(self, keys: Iterable[str]) -> None:
-        digests = bytearray()
-        for key in keys:
-            digests += bytes.fromhex(key)
-        # numpy drops zeros at the end of such a value where one is taken out; in comparisons they do no harm.
-        values = np.frombuffer(digests, dtype="S32")
-        # np.unique does the same and takes twice the memory meanwhile.
-        order = np.argsort(values, kind="stable").astype(np.uint32)
-        ordered = values[order]
-        del digests, values
-        new = np.ones(len(ordered), dtype=bool)
-        new[1:] = ordered[1:] != ordered[:-1]
-        self._numbers = np.empty(len(order), dtype=np.uint32)
-        self._numbers[order] = np.cumsum(new, dtype=np.uint32) - np.uint32(1)
-        self._distinct, self._first = (ordered, order) if new.all() else (ordered[new], order[new])
-        self._shard = np.full(len(self._distinct), _NOWHERE, dtype=np.int32)
+    Args:
+        entries: Place, key and rank of each sample. Places and ranks are numbers that mean something to the caller
+            alone: where the sample is found again, and when it is to be encoded.
+    """
+
+    def __init__(self, entries: Iterable[tuple[int, str, int]]) -> None:
+        self._scratch = Scratch(*_TABLES)
+        packed = ((place, bytes.fromhex(key), rank) for place, key, rank in entries)
+        self._scratch.run_each("INSERT INTO keys VALUES (?1, ?2, ?3, ?1)", packed)
+        self._scratch.run("CREATE INDEX places ON keys (key)")
+        self._scratch.run(_FIND_TWINS)
         self._shards: list[ShardEntry] = []
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return self._scratch.number("SELECT count(*) FROM keys")
 
-    def __getitem__(self, position: int) -> str:
-        number = int(self._numbers[position])
-        return self._distinct[number : number + 1].tobytes().hex()
+    @property
+    def distinct(self) -> int:
+        """How many different keys there are."""
+        return self._scratch.number("SELECT count(*) FROM keys WHERE place = first")
 
-    def numbers(self, keys: Collection[str]) -> NDArray[np.int64]:
+    def __getitem__(self, place: int) -> str:
+        (key,) = self._scratch.row("SELECT key FROM keys WHERE place = ?", (place,)) or (b"",)
+        return bytes(key).hex()
+
+    def numbers(self, keys: Collection[str]) -> "array[int]":
         """The numbers of those of ``keys`` that are here, for :meth:`put`."""
-        if not keys or not len(self._distinct):
-            return np.empty(0, dtype=np.int64)
-        wanted = np.frombuffer(bytes.fromhex("".join(keys)), dtype="S32")
-        near = np.searchsorted(self._distinct, wanted).clip(max=len(self._distinct) - 1)
-        found: NDArray[np.int64] = near[self._distinct[near] == wanted]
-        return found
+        return array("q", self._numbers(keys, "SELECT min(place) FROM keys WHERE key IN ({}) GROUP BY key"))
 
-    def lacking(self, keys: Collection[str]) -> NDArray[np.int64]:
+    def lacking(self, keys: Collection[str]) -> "array[int]":
         """As :meth:`numbers`, of those that are in no shard yet."""
-        found = self.numbers(keys)
-        lacking: NDArray[np.int64] = found[self._shard[found] == _NOWHERE]
-        return lacking
+        return array("q", self._numbers(keys, f"SELECT place {_MISSING} AND key IN ({{}})"))
+
+    def _numbers(self, keys: Collection[str], query: str) -> Iterator[int]:
+        packed = map(bytes.fromhex, keys)
+        while some := tuple(islice(packed, _ASKED_AT_ONCE)):
+            for (number,) in self._scratch.rows(query.format(",".join("?" * len(some))), some):
+                yield number
 
     def find(self, key: str) -> ShardEntry | None:
         """The shard that ``key`` is in; ``None`` where there is none, or no such key."""
-        for number in self.numbers([key]):
-            return None if self._shard[number] == _NOWHERE else self._shards[self._shard[number]]
-        return None
+        query = f"SELECT shard FROM {_WITH_SHARDS} WHERE key = ?"
+        (shard,) = self._scratch.row(query, (bytes.fromhex(key),)) or (None,)
+        return None if shard is None else self._shards[shard]
 
-    def put(self, numbers: NDArray[np.int64], shard: ShardEntry) -> None:
+    def put(self, numbers: Iterable[int], shard: ShardEntry) -> None:
         """Note that these keys are in ``shard``; what was noted of them before is forgotten."""
-        self._shard[numbers] = len(self._shards)
+        rows = ((number, len(self._shards)) for number in numbers)
+        self._scratch.run_each("INSERT OR REPLACE INTO shards VALUES (?, ?)", rows)
         self._shards.append(shard)
 
-    def shard(self, position: int) -> ShardEntry | None:
-        """The shard that the key at ``position`` is in, or ``None``."""
-        number = int(self._shard[self._numbers[position]])
-        return None if number == _NOWHERE else self._shards[number]
+    def placed(self, *, once: bool = False) -> Iterator[tuple[int, str, ShardEntry | None]]:
+        """Every place with its key and the shard that the key is in, by place; ``once``: the first of every key."""
+        chosen = "WHERE place = first" if once else ""
+        query = f"SELECT place, key, shard FROM {_WITH_SHARDS} {chosen} ORDER BY place"
+        for place, key, shard in self._scratch.rows(query):
+            yield place, key.hex(), None if shard is None else self._shards[shard]
 
     def shards(self) -> tuple[ShardEntry, ...]:
         """Every shard that a key is in, by file name."""
-        used = np.unique(self._shard[self._shard != _NOWHERE])
-        return tuple(sorted((self._shards[number] for number in used), key=lambda shard: shard.file))
+        used = self._scratch.rows("SELECT DISTINCT shard FROM shards")
+        return tuple(sorted((self._shards[number] for (number,) in used), key=lambda shard: shard.file))
 
-    def firsts(self) -> NDArray[np.uint32]:
-        """The first position of every key, in the order of the keys."""
-        return self._first
-
-    def missing(self) -> NDArray[np.uint32]:
-        """The first position of every key that is in no shard, in the order of the keys."""
-        first: NDArray[np.uint32] = self._first[self._shard == _NOWHERE]
-        return first
+    def missing(self, *, by_key: bool = False) -> "array[int]":
+        """The first place of every key that is in no shard, by rank; of one rank by place, or by key, backwards."""
+        order = "rank, key DESC" if by_key else "rank, place"
+        return array("q", (place for (place,) in self._scratch.rows(f"SELECT place {_MISSING} ORDER BY {order}")))

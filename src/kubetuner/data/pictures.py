@@ -6,6 +6,7 @@ on white; 16-bit pictures keep their upper 8 bits. Only what ends in tensors nee
 
 import hashlib
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -58,7 +59,7 @@ _EXTENSIONS = {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}
 class PictureError(DatasetError):
     """A picture that cannot be used; ``reason`` says why without naming it."""
 
-    def __init__(self, reason: str, path: Path | None = None) -> None:
+    def __init__(self, reason: str, path: Path | str | None = None) -> None:
         self.reason = reason
         super().__init__(f"{path}: {reason}" if path else reason)
 
@@ -91,7 +92,7 @@ def open_picture(path: Path) -> Image.Image:
     return decode_picture(data, path)
 
 
-def decode_picture(data: bytes, path: Path) -> Image.Image:
+def decode_picture(data: bytes, path: Path | str) -> Image.Image:
     """Decode the bytes of the file ``path`` to an upright RGB picture.
 
     Raises:
@@ -192,13 +193,16 @@ def to_bytes(image: Image.Image, placement: Placement) -> "Tensor":
     return colours.view(height, width, 3).permute(2, 0, 1)
 
 
-def read_pixels(path: Path, sha256: str, sample: str, placement: Placement) -> "Tensor":
+def read_pixels(path: Path | str, sha256: str, sample: str, placement: Placement) -> "Tensor":
     """As :func:`to_bytes`, of the file ``path``; the bytes that are decoded are the ones that were hashed.
 
     Raises:
         ArtifactError: The picture is not there, or is not what ``sha256`` says; names it as ``sample``.
     """
-    data = path.read_bytes() if path.is_file() else b""
+    data = b""
+    if os.path.isfile(path):
+        with open(path, "rb") as stream:
+            data = stream.read()
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ArtifactError(f"{path}, the picture of {sample}, is missing or damaged; run download_dataset again")
     return to_bytes(decode_picture(data, path), placement)
@@ -222,7 +226,7 @@ def to_pixels(image: Image.Image, placement: Placement) -> "Tensor":
 
 
 def _decode(
-    data: bytes, path: Path | None, convert: Callable[[Image.Image], Image.Image] | None = None
+    data: bytes, path: Path | str | None, convert: Callable[[Image.Image], Image.Image] | None = None
 ) -> tuple[Image.Image, str]:
     """The upright RGB picture, as ``convert`` (default: on white) makes it, and the lower-case name of its format."""
     if not data:

@@ -89,7 +89,7 @@ class Family(Protocol):
         ...
 
     def encode_tokens(self, encoders: Any, tokens: Sequence[Tokens]) -> Named:
-        """The tensors ``[B, …]`` of texts of one padded length, on the encoders' device, before ``Tokens.cut``."""
+        """The tensors ``[B, …]`` of texts of one padded length, on the encoders' device, before anything is cut off."""
         ...
 
     def load_denoiser(self, ref: ModelRef, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -28,7 +28,7 @@ class Tokens:
 
     Attributes:
         ids: Of each encoder; all texts of a batch have as many after padding.
-        kept: The positions of its embedding that are kept, in order; empty for all.
+        kept: The positions of its tensors that are kept, in order; empty for all.
         factor: What its tensors are multiplied by: 0 makes an empty text zeros.
     """
 
@@ -41,10 +41,9 @@ class Tokens:
         """Tokens after padding."""
         return -(-len(self.ids[0]) // PAD_TO) * PAD_TO
 
-    def cut(self, tensor: Tensor) -> Tensor:
-        """What is kept of one of its tensors, copied."""
-        cut = torch.cat([tensor[kept] for kept in self.kept]) if self.kept else tensor.clone()
-        return cut if self.factor == 1.0 else cut * self.factor
+    def pieces(self, tensor: Tensor) -> list[Tensor]:
+        """What is kept of one of its tensors."""
+        return [tensor[kept] for kept in self.kept or (slice(None),)]
 
 
 @torch.no_grad()

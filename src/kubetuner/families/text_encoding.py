@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from kubetuner.config.sections.steps import CacheTextSection
 from kubetuner.families.base import Family, Named
@@ -90,9 +91,21 @@ def _batches(texts: Iterable[tuple[KeyT, Tokens]], size: int) -> Iterator[list[t
 
 
 def _arrived(batch: Sequence[tuple[KeyT, Tokens]], arriving: Arriving) -> Iterator[tuple[KeyT, Named]]:
-    named = arriving.tensors()
-    for row, (key, tokens) in enumerate(batch):
-        yield key, {name: tokens.cut(tensor[row]) for name, tensor in named.items()}
+    cut = {name: _cut([tokens for _, tokens in batch], tensor) for name, tensor in arriving.tensors().items()}
+    for row, (key, _) in enumerate(batch):
+        yield key, {name: tensors[row] for name, tensors in cut.items()}
+
+
+def _cut(texts: Sequence[Tokens], tensor: Tensor) -> list[Tensor]:
+    """What is kept of each text of a batch, copied into one block.
+
+    Left singly between the batches' large blocks, they would keep these from being joined again, and every batch would
+    take new memory.
+    """
+    pieces = [tokens.pieces(row) for tokens, row in zip(texts, tensor, strict=False)]
+    block = torch.cat([piece for each in pieces for piece in each])
+    cut = block.split([sum(len(piece) for piece in each) for each in pieces])
+    return [one if tokens.factor == 1.0 else one * tokens.factor for tokens, one in zip(texts, cut, strict=True)]
 
 
 def _parts(items: Iterable[ItemT], size: int) -> Iterator[list[ItemT]]:

@@ -9,13 +9,13 @@ import base64
 import hashlib
 import logging
 import os
+import posixpath
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import merge
 from itertools import chain
-from pathlib import PurePosixPath
 from typing import Protocol, TypeVar
 
 from kubetuner.errors import DatasetError
@@ -134,12 +134,16 @@ class Source(Protocol):
 
 def is_picture(name: str) -> bool:
     """Whether ``name`` is a visible file with the extension of a picture."""
-    return PurePosixPath(name).suffix.lower() in PICTURE_EXTENSIONS and not _hidden(name)
+    return _extension(name) in PICTURE_EXTENSIONS and not _hidden(name)
 
 
 def is_text(name: str) -> bool:
     """Whether ``name`` is a visible caption file."""
-    return PurePosixPath(name).suffix.lower() in CAPTION_EXTENSIONS and not _hidden(name)
+    return _extension(name) in CAPTION_EXTENSIONS and not _hidden(name)
+
+
+def _extension(name: str) -> str:
+    return posixpath.splitext(name)[1].lower()
 
 
 def name_fault(name: str) -> str:

@@ -29,7 +29,7 @@ class LocalSource:
         """See :class:`Source`."""
         if not self._root.is_dir():
             raise DatasetError(f"{self._root} is not a folder; check {self.key}")
-        names = (path.relative_to(self._root).as_posix() for path in _walk(self._root, ()))
+        names = _walk(str(self._root), "", ())
         return folder_listing(self._item(name) for name in names if is_picture(name) or is_text(name))
 
     def _item(self, name: str) -> Item:
@@ -66,7 +66,7 @@ def file_item(root: Path, name: str) -> Item:
         DatasetError: It is a link to nothing, or may not be looked at.
     """
     try:
-        status = (root / name).stat()
+        status = os.stat(_path(root, name))
     except OSError as error:
         raise DatasetError(
             f"{root / name} cannot be read ({error.strerror or error}); check the link or rights"
@@ -82,7 +82,7 @@ def read_file(root: Path, item: Item, length: int = -1) -> bytes:
         DatasetError: It was written since it was listed.
     """
     try:
-        with open(root / item.name, "rb", opener=_without_waiting) as file:
+        with open(_path(root, item.name), "rb", opener=_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ItemError("is not a file but a pipe, a device or the like")
             data = file.read(length)
@@ -108,21 +108,29 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """Files below ``folder``; ``above`` are the real folders it lies in, so that a link to one of them ends."""
-    real = folder.resolve()
+def _path(root: Path, name: str) -> str:
+    """``root / name`` as text: of the parts of path objects Python keeps a table, which grows with their number."""
+    return os.path.join(root, name)
+
+
+def _walk(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
+    """Names of the files below ``folder``, which is called ``prefix`` itself.
+
+    ``above`` are the real folders it lies in, so that a link to one of them ends.
+    """
+    real = os.path.realpath(folder)
     if real in above:
         return
     for entry in _entries(folder):
         if entry.name.startswith("."):
             continue
         if _is_folder(entry):
-            yield from _walk(folder / entry.name, (*above, real))
+            yield from _walk(entry.path, f"{prefix}{entry.name}/", (*above, real))
         else:
-            yield folder / entry.name
+            yield f"{prefix}{entry.name}"
 
 
-def _entries(folder: Path) -> "Iterator[os.DirEntry[str]]":
+def _entries(folder: str) -> "Iterator[os.DirEntry[str]]":
     """What ``folder`` holds, one by one: there may be very much in it."""
     try:
         with os.scandir(folder) as entries:

@@ -1,6 +1,8 @@
 """``max_num_samples``: a part of a dataset that is always the same part."""
 
 import random
+from array import array
+from itertools import compress
 
 from kubetuner.sources.items import Items
 
@@ -17,7 +19,9 @@ def subset(pictures: Items, dataset: str, most: int | None) -> Items:
     """
     if most is None or len(pictures) <= most:
         return pictures
-    names = sorted(picture.name for picture in pictures)
-    random.Random(dataset).shuffle(names)
-    kept = set(names[:most])
-    return Items(picture for picture in pictures if picture.name in kept)
+    places = array("I", pictures.order())
+    random.Random(dataset).shuffle(places)
+    kept = bytearray(len(pictures))
+    for place in places[:most]:
+        kept[place] = True
+    return Items(compress(pictures, kept))

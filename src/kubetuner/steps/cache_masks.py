@@ -12,8 +12,6 @@ from itertools import compress, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
 from kubetuner.artifacts import Sample, ShardEntry, TensorSpec
 from kubetuner.config.sections.steps import CacheVaeSection
 from kubetuner.data.geometry import Placement
@@ -96,14 +94,15 @@ def cache_masks(
         ArtifactError: A mask's file is missing or damaged.
     """
     factor, _ = vae_shape(section.model)
-    keys = Keys(_key(item, factor) for item in samples())
+    keys = Keys((place, _key(item, factor), 0) for place, item in enumerate(samples()))
     if not len(keys):
         return CachedMasks(factor, keys, ())
     for shard, numbers in store.find(NAMESPACE, keys.numbers):
         keys.put(numbers, shard)
     missing = keys.missing()
-    first = np.zeros(len(keys), dtype=bool)
-    first[missing] = True
+    first = bytearray(len(keys))
+    for place in missing:
+        first[place] = True
     made = in_threads(
         lambda item: (_key(item, factor), _weights(dataset, item, factor)),
         compress(samples(), first),
@@ -113,7 +112,7 @@ def cache_masks(
     while part := dict(islice(made, MASKS_PER_SHARD)):
         shard = store.write_shard(NAMESPACE, {key: {WEIGHTS: weights} for key, weights in part.items()})
         keys.put(keys.numbers(part), shard)
-    logger.info("masks: %d reused, %d made", len(keys.firsts()) - len(missing), len(missing))
+    logger.info("masks: %d reused, %d made", keys.distinct - len(missing), len(missing))
     return CachedMasks(factor, keys, store.shapes(keys.shards())[WEIGHTS])
 
 

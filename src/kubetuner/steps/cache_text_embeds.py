@@ -5,9 +5,6 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kubetuner.artifacts import (
     ARTIFACT_FILE,
     CAPTIONS_FILE,
@@ -28,7 +25,7 @@ from kubetuner.data.caption_edits import edit_captions
 from kubetuner.data.keys import Keys
 from kubetuner.data.rows import RowFile
 from kubetuner.data.shard_writer import ShardWriter
-from kubetuner.digests import fingerprint
+from kubetuner.digests import fingerprint, fingerprinting
 from kubetuner.imports import importing
 from kubetuner.progress import Progress
 from kubetuner.steps.allocation import keep_freed_memory
@@ -40,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # A shard is written, and so survives a kill, after this many encoded texts.
 TEXTS_PER_SHARD = 512
+# Captions of one sample; places of texts count on from sample to sample by it.
+_MOST_TEXTS = 1 << 20
 
 
 def cache_text_embeds(
@@ -90,7 +89,7 @@ def _cache(section: CacheTextSection, dataset: Path, out: Path, part: tuple[int,
 
 
 class _Texts:
-    """The texts of ``captions.jsonl``, after the empty one, by place; memory holds about 90 bytes of each.
+    """The texts of ``captions.jsonl``, after the empty one, by place; they stay on disk.
 
     Attributes:
         keys: Their content keys; equal texts have equal ones.
@@ -98,31 +97,25 @@ class _Texts:
 
     def __init__(self, captions: Path, encoding: object) -> None:
         self._rows = RowFile(CaptionRow)
-        self._row = array("I", [0])
-        self._turn = array("I", [0])
-        self._length = array("I", [0])
-        self.keys = Keys(fingerprint(text, encoding) for text in self._add(captions))
+        key = fingerprinting(encoding)
+        self.keys = Keys((place, key(text), -len(text)) for place, text in self._add(captions))
 
-    def _add(self, captions: Path) -> Iterator[str]:
-        yield ""
+    def _add(self, captions: Path) -> Iterator[tuple[int, str]]:
+        yield 0, ""
         for row, found in self._rows.add(captions):
-            for turn, text in enumerate(found.texts):
-                self._row.append(row)
-                self._turn.append(turn)
-                self._length.append(len(text))
-                yield text
+            yield from enumerate(found.texts, (row + 1) * _MOST_TEXTS)
 
     def __getitem__(self, place: int) -> str:
-        return self._rows[self._row[place]].texts[self._turn[place]] if place else ""
+        row, turn = divmod(place, _MOST_TEXTS)
+        return self._rows[row - 1].texts[turn] if place else ""
 
-    def missing(self) -> NDArray[np.uint32]:
+    def missing(self) -> "array[int]":
         """The place of each text that is in no shard, similar lengths together, whatever the order of the captions.
 
         The longest come first: what takes the most memory, or more than there is, does so at once, and what is freed
         has room for all others.
         """
-        first = self.keys.missing()
-        return first[np.argsort(np.frombuffer(self._length, dtype=np.uint32)[first], kind="stable")[::-1]]
+        return self.keys.missing(by_key=True)
 
 
 def _captions(section: CacheTextSection, dataset: Path, part: tuple[int, int]) -> Iterator[CaptionRow]:
@@ -134,10 +127,9 @@ def _captions(section: CacheTextSection, dataset: Path, part: tuple[int, int]) -
 
 def _rows(texts: _Texts) -> Iterator[TextRow]:
     """Every text once, in the order of the captions."""
-    for place in np.sort(texts.keys.firsts()):
-        shard = texts.keys.shard(place)
+    for place, key, shard in texts.keys.placed(once=True):
         assert shard is not None  # It was found or has been encoded.
-        yield TextRow(text=texts[place], key=texts.keys[place], shard=shard.file)
+        yield TextRow(text=texts[place], key=key, shard=shard.file)
 
 
 def _texts(section: CacheTextSection, sample: Sample) -> tuple[str, ...]:

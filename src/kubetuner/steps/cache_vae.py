@@ -1,15 +1,13 @@
 """The ``cache_vae`` step: pictures of a dataset artifact in, VAE latents out."""
 
 import logging
+import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
 
 from kubetuner.artifacts import (
     ARTIFACT_FILE,
@@ -19,6 +17,7 @@ from kubetuner.artifacts import (
     LatentsArtifact,
     OnDemand,
     Sample,
+    ShardEntry,
     Skipped,
     TensorSpec,
     describe_file,
@@ -31,7 +30,7 @@ from kubetuner.data.keys import SAMPLES_PER_SHARD, Keys
 from kubetuner.data.pictures import NOT_FINITE, decoding_threads, read_pixels
 from kubetuner.data.rows import RowFile
 from kubetuner.data.shard_writer import ShardWriter
-from kubetuner.digests import fingerprint
+from kubetuner.digests import fingerprint, fingerprinting
 from kubetuner.imports import importing
 from kubetuner.progress import Progress
 from kubetuner.steps.allocation import keep_freed_memory, share_freed_memory
@@ -135,10 +134,10 @@ def _on_demand(section: CacheVaeSection, namespace: str) -> OnDemand:
 
 
 class _Samples:
-    """The samples ``shard``, ``shard + num_shards``, … of a dataset; memory holds about 80 bytes of each.
+    """The samples ``shard``, ``shard + num_shards``, … of a dataset, by position in it; they stay on disk.
 
     Attributes:
-        keys: Content keys of those that are to be encoded here, in the dataset's order.
+        keys: Content keys of those that are to be encoded here; those of one target size have one rank.
         left_out: Those that a limit leaves out, by position in the dataset.
     """
 
@@ -147,10 +146,9 @@ class _Samples:
         self._geometries = {entry.id: entry.geometry for entry in section.datasets}
         self._made_online = {entry.id for entry in section.datasets if entry.vae_cache != "ahead"}
         self._disabled = {entry.id for entry in section.datasets if entry.vae_cache == "disabled"}
-        self._identity = section.model.vae_identity()
+        encoder = section.model.vae_identity(), section.dtype
+        self._drawn_key, self._moments_key = (fingerprinting(*encoder, last) for last in (section.seed, "moments"))
         self._rows = RowFile(Sample)
-        self._positions = array("I")
-        self._sizes = array("Q")
         self._masked = array("I")
         self._online = array("I")
         self.left_out: dict[int, Skipped] = {}
@@ -161,8 +159,8 @@ class _Samples:
         )
         self.keys = Keys(self._add(mine))
 
-    def _add(self, samples: Iterable[tuple[int, Sample]]) -> Iterator[str]:
-        """Take in samples by their position in the dataset; yields the keys of those that are to be encoded here."""
+    def _add(self, samples: Iterable[tuple[int, Sample]]) -> Iterator[tuple[int, str, int]]:
+        """Take in samples by their position in the dataset; yields those that are to be encoded here for ``keys``."""
         for position, sample in samples:
             placement = self._place(sample)
             if isinstance(placement, LeftOut):
@@ -174,31 +172,20 @@ class _Samples:
                 self._online.append(position)
                 continue
             width, height = placement.target_size
-            self._positions.append(position)
-            self._sizes.append(width << 32 | height)
-            yield self._key(sample, placement)
+            yield position, self._key(sample, placement), width << 32 | height
 
     def _key(self, sample: Sample, placement: Placement) -> str:
         moments = self._section.vae_cache_moments or sample.dataset in self._disabled
-        return fingerprint(
-            sample.sha256, placement.intermediary_size, placement.crop, placement.target_size,
-            self._identity, self._section.dtype, "moments" if moments else self._section.seed,
-        )  # fmt: skip
+        key = self._moments_key if moments else self._drawn_key
+        return key(sample.sha256, placement.intermediary_size, placement.crop, placement.target_size)
 
     def _place(self, sample: Sample) -> Placement | LeftOut:
         name = sample.id.removeprefix(f"{sample.dataset}/")
         key = f"{self._section.seed}:{sample.sha256}"
         return place(self._geometries[sample.dataset], sample.width, sample.height, key, name)
 
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def position(self, index: int) -> int:
-        """The position in the dataset."""
-        return self._positions[index]
-
-    def __getitem__(self, index: int) -> _Placed:
-        return self._placed(self._positions[index], self.keys[index])
+    def __getitem__(self, position: int) -> _Placed:
+        return self._placed(position, self.keys[position])
 
     def _placed(self, position: int, key: str = "") -> _Placed:
         sample = self._rows[position]
@@ -219,27 +206,25 @@ class _Samples:
         """Those with a mask."""
         return (self._placed(position) for position in self._masked)
 
-    def missing(self) -> NDArray[np.uint32]:
-        """One sample for each key that is in no shard, those of one target size together."""
-        first = self.keys.missing()
-        return first[np.lexsort((first, np.frombuffer(self._sizes, dtype=np.uint64)[first]))]
+    def placed(self) -> Iterator[tuple[int, _Placed, ShardEntry | None]]:
+        """Position, sample and shard of those that are to be encoded here."""
+        return ((position, self._placed(position, key), shard) for position, key, shard in self.keys.placed())
 
 
 def _rows(samples: _Samples, masks: CachedMasks, skipped: dict[int, Skipped]) -> Iterator[LatentRow]:
     """The rows of the samples; those that cannot be encoded are added to ``skipped`` by position in the dataset."""
-    for index in range(len(samples)):
-        item, shard = samples[index], samples.keys.shard(index)
+    for position, item, shard in samples.placed():
         if shard is None:
-            skipped[samples.position(index)] = Skipped(name=item.sample.id, reason=NOT_FINITE)
+            skipped[position] = Skipped(name=item.sample.id, reason=NOT_FINITE)
         else:
-            yield _row(item, shard.file).model_copy(update=masks.of(item))
+            yield _row(item, shard.file, masks.of(item))
     for item in samples.left():
-        yield _row(item, "").model_copy(update=masks.of(item) | {"picture": item.sample.file})
+        yield _row(item, "", masks.of(item), item.sample.file)
 
 
 def _encode(section: CacheVaeSection, store: Store, namespace: str, samples: _Samples, dataset: Path) -> int:
     """Encode the missing samples and note their shards; returns how many have finite latents."""
-    missing = samples.missing()
+    missing = samples.keys.missing()
     if not len(missing):
         return 0
     with importing():
@@ -277,12 +262,14 @@ def _decoded(dataset: Path, samples: _Samples, indices: Iterable[int]) -> "Itera
 
     def decode(index: int) -> "tuple[_Placed, Tensor]":
         item = samples[index]
-        return item, read_pixels(dataset / item.sample.file, item.sample.sha256, item.sample.id, item.placement)
+        # As text: of the parts of path objects Python keeps a table, which grows with their number.
+        path = os.path.join(dataset, item.sample.file)
+        return item, read_pixels(path, item.sample.sha256, item.sample.id, item.placement)
 
     return in_threads(decode, indices, decoding_threads(), "cache_vae", ahead=DECODED_AHEAD)
 
 
-def _row(item: _Placed, shard: str) -> LatentRow:
+def _row(item: _Placed, shard: str, mask: Mapping[str, str], picture: str = "") -> LatentRow:
     return LatentRow(
         sample=item.sample.id,
         dataset=item.sample.dataset,
@@ -292,4 +279,6 @@ def _row(item: _Placed, shard: str) -> LatentRow:
         crop=item.placement.crop,
         target_size=item.placement.target_size,
         bucket=item.placement.bucket,
+        picture=picture,
+        **mask,
     )

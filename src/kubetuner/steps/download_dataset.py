@@ -26,20 +26,19 @@ from kubetuner.artifacts import (
     read_rows,
     verify_files,
     write_artifact,
-    write_atomically,
     write_rows,
 )
 from kubetuner.config.sections.sources import DatasetSource, DownloadSection
 from kubetuner.data.captions import CaptionError, captions_for
 from kubetuner.data.composites import cut_tile
 from kubetuner.data.pictures import PictureError, check_picture
-from kubetuner.data.rows import Positions
 from kubetuner.digests import canonical_json, sha256_of
 from kubetuner.errors import DatasetError, on_one_line
 from kubetuner.progress import Progress
+from kubetuner.replacing import write_bytes
 from kubetuner.sources.base import PICTURE_EXTENSIONS, Item, ItemError, Listing, Source, as_planned, name_fault
 from kubetuner.sources.filters import describe, nothing_left
-from kubetuner.sources.items import Items
+from kubetuner.sources.items import Items, ItemsByName
 from kubetuner.sources.subset import subset
 from kubetuner.sources.switch import open_source
 from kubetuner.steps.download_masks import MaskOrigin, open_masks, take_mask
@@ -99,6 +98,7 @@ def download_dataset(section: DownloadSection, out: Path, pictures: Path | None 
         (folder / ARTIFACT_FILE).unlink(missing_ok=True)
     with track("download_dataset", {"datasets": ", ".join(source.id for source in section.datasets)}) as run:
         artifact = _download(section, folders)
+        _remove_others(folders)
         run.log_metrics({"samples": artifact.num_samples, "skipped": len(artifact.skipped)}, 0)
     if pictures is not None:
         write_artifact(pictures, artifact.model_copy(update={"files": ()}))
@@ -154,7 +154,6 @@ def _download(section: DownloadSection, folders: _Folders) -> DatasetArtifact:
             progress.advance(note=f"{len(skipped)} skipped" if skipped else "")
         _judge(section, origins, skipped)
         count = write_rows(out, SAMPLES_FILE, _in_order(origins, taken))
-    _remove_others(folders)
     return DatasetArtifact(
         fingerprint=_fingerprint(read_rows(out, SAMPLES_FILE, Sample)),
         files=(describe_file(out, SAMPLES_FILE),),
@@ -166,9 +165,9 @@ def _download(section: DownloadSection, folders: _Folders) -> DatasetArtifact:
 def _remove_others(folders: _Folders) -> None:
     """Remove the files that an earlier run left here and that are no longer in the dataset."""
     for folder in dict.fromkeys(folders.all):
-        kept = Positions(_files_in(folder, folders))
+        kept = ItemsByName(Items(Item(file) for file in _files_in(folder, folders)))
         for path in (folder / FILES_FOLDER).glob("*/*"):  # Not rglob, which remembers every path it gave.
-            if path.is_file() and not kept.of(path.relative_to(folder).as_posix()):
+            if path.is_file() and path.relative_to(folder).as_posix() not in kept:
                 path.unlink()
 
 
@@ -288,9 +287,9 @@ def _keep(out: Path, data: bytes, extension: str) -> tuple[str, str]:
     """Write ``data`` under the name that its content gives it, unless it is there; returns its path and SHA-256."""
     digest = hashlib.sha256(data).hexdigest()
     file = f"{FILES_FOLDER}/{digest[:2]}/{digest}.{extension}"
-    target = out / file
-    if not (target.is_file() and target.stat().st_size == len(data) and sha256_of(target) == digest):
-        write_atomically(target, lambda path: _write_bytes(path, data))
+    target = os.path.join(out, file)
+    if not (os.path.isfile(target) and os.path.getsize(target) == len(data) and sha256_of(target) == digest):
+        write_bytes(target, data)
     return file, digest
 
 
@@ -310,7 +309,3 @@ def _judge(section: DownloadSection, origins: Sequence[_Origin], skipped: Sequen
             f"{'; '.join(problems)}. Allowed is a share of {section.max_skipped_share:g} and at least one usable "
             "picture: mend or remove the pictures named, or raise max_skipped_share"
         )
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

@@ -131,7 +131,7 @@ def _summary(
         "samples": {one.id: one.samples for one in measured},
         "skipped": {one.id: len(one.skipped) for one in measured},
         "filtered": {one.id: sum(each.count for each in one.filtered) for one in measured},
-        "buckets": {one.id: {name: len(sizes) for name, sizes in one.buckets.items()} for one in measured},
+        "buckets": {one.id: {name: sizes.total() for name, sizes in one.buckets.items()} for one in measured},
         "steps_per_epoch": epoch,
         "max_train_steps": train.max_train_steps or train.num_train_epochs * epoch,
         "epochs": train.num_train_epochs or math.ceil(train.max_train_steps / epoch),

@@ -79,7 +79,7 @@ def test_a_damaged_shard_is_forgotten_and_made_again(opened: Open, tmp_path: Pat
 
 
 def test_a_key_is_found_by_itself() -> None:
-    keys = Keys(KEYS[:4])
+    keys = Keys((place, key, 0) for place, key in enumerate(KEYS[:4]))
     shard = ShardEntry(file="s", samples=2, bytes=1, sha256="s")
     keys.put(keys.numbers(KEYS[:2]), shard)
 

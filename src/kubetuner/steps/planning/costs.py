@@ -43,11 +43,11 @@ def estimate(sections: Sections, measured: Sequence[Measured]) -> Costs:
     model = sections.train.model
     factor, channels = vae_shape(model)
     floats = sum(
-        channels * (width // factor) * (height // factor)
+        count * channels * (width // factor) * (height // factor)
         for one in measured
         if one.entry.geometry.vae_cache != "disabled"
         for sizes in one.buckets.values()
-        for width, height in sizes
+        for (width, height), count in sizes.items()
     )
     texts = sum(one.samples * _variants(one.entry.captions) for one in measured) + 1
     parameters = _parameters(model)

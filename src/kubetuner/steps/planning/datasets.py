@@ -1,6 +1,7 @@
 """Counting a dataset's pictures for the plan: headers only, no pixels are decoded."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ class Measured:
     Attributes:
         entry: The entry of the data file.
         source: Its source, with local paths absolute and the revision and newest file of the listing.
-        buckets: Target sizes (width, height) of the usable pictures, by bucket.
+        buckets: How many of the usable pictures have which target size (width, height), by bucket.
         filtered: What ``filter_func`` has left out of the listing.
         doubted: Why the sizes that a table tells are not believed; empty where they are, or there is none.
         skipped: Name and reason of pictures that cannot be used.
@@ -42,7 +43,7 @@ class Measured:
 
     entry: PictureData
     source: DatasetSource
-    buckets: dict[str, list[Size]] = field(default_factory=dict)
+    buckets: dict[str, Counter[Size]] = field(default_factory=dict)
     filtered: tuple[Filtered, ...] = ()
     doubted: str = ""
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -57,7 +58,7 @@ class Measured:
     @property
     def samples(self) -> int:
         """Usable pictures."""
-        return sum(len(sizes) for sizes in self.buckets.values())
+        return sum(sizes.total() for sizes in self.buckets.values())
 
     def lose(self, name: str, reason: str) -> None:
         """Leave out a picture that is none, damaged or without a caption."""
@@ -132,7 +133,6 @@ def _measure(source: Source, measured: Measured, problems: list[Problem], masks:
         return sample_size(source, replace(item, pixels=None) if measured.doubted else item, composite)
 
     sizes = in_threads(sized, pictures, source.readers, "plan")
-    targets: dict[Size, Size] = {}
     with Progress(f"plan {measured.id}", len(pictures), "pictures") as progress:
         for item, size in zip(pictures, sizes, strict=True):
             progress.advance()
@@ -146,9 +146,7 @@ def _measure(source: Source, measured: Measured, problems: list[Problem], masks:
             elif masks is not None and (refusal := masks.refusal(item.name, size)):
                 measured.lose(item.name, refusal)
             else:
-                # One object for each size, however many pictures have it.
-                target = targets.setdefault(placement.target_size, placement.target_size)
-                measured.buckets.setdefault(placement.bucket, []).append(target)
+                measured.buckets.setdefault(placement.bucket, Counter())[placement.target_size] += 1
     _check_captions(pictures, listing, measured, problems)
 
 
@@ -211,7 +209,7 @@ def _check_captions(pictures: Sequence[Item], listing: Listing, measured: Measur
 def kept_buckets(measured: Measured, train: TrainSection) -> dict[str, int]:
     """Pictures, repeats counted, of the buckets that fill a batch; the others are never drawn from."""
     passes = measured.entry.sampling.repeats + 1
-    counted = {name: len(sizes) * passes for name, sizes in measured.buckets.items()}
+    counted = {name: sizes.total() * passes for name, sizes in measured.buckets.items()}
     return {name: count for name, count in counted.items() if count >= train.batch_size(measured.entry.sampling)}
 
 
@@ -239,12 +237,14 @@ def bucket_problems(measured: Measured, train: TrainSection) -> list[Problem]:
     sampling = measured.entry.sampling
     repeats, size = sampling.repeats, train.batch_size(sampling)
     effective = size * train.planned_micro_steps
-    lines = [
-        f"bucket {name} ({sizes[0][0]}x{sizes[0][1]}): {len(sizes)} x ({repeats} + 1) = {len(sizes) * (repeats + 1)}, "
-        f"needs repeats {max(math.ceil(effective / len(sizes)) - 1, 0)}"
-        for name, sizes in sorted(measured.buckets.items())
-    ]
-    counts = [len(sizes) for sizes in measured.buckets.values()]
+    lines = []
+    for name, sizes in sorted(measured.buckets.items()):
+        (width, height), count = next(iter(sizes)), sizes.total()
+        lines.append(
+            f"bucket {name} ({width}x{height}): {count} x ({repeats} + 1) = {count * (repeats + 1)}, "
+            f"needs repeats {max(math.ceil(effective / count) - 1, 0)}"
+        )
+    counts = [sizes.total() for sizes in measured.buckets.values()]
     needed = fewest_passes(counts, size, train.planned_micro_steps) - 1
     repeated = [count * (repeats + 1) for count in counts]
     fitting = largest_batch(repeated, train.planned_micro_steps)

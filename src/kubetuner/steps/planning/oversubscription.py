@@ -33,7 +33,7 @@ def oversubscribe(measured: Sequence[Measured], train: TrainSection) -> tuple[li
 
 def needed_repeats(measured: Measured, train: TrainSection) -> int:
     """The fewest repeats with which every bucket fills a batch and their batches fill an optimizer step."""
-    counts = [len(sizes) for sizes in measured.buckets.values()]
+    counts = [sizes.total() for sizes in measured.buckets.values()]
     size = train.batch_size(measured.entry.sampling)
     every = math.ceil(size / min(counts))
     return fewest_passes(counts, size, train.planned_micro_steps, every) - 1

@@ -1,6 +1,5 @@
 """The plan as a Markdown page."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 from kubetuner.config.load import RunConfig
@@ -140,9 +139,9 @@ def _buckets(sections: Sections, measured: Sequence[Measured]) -> str:
     for one in measured:
         kept = kept_buckets(one, sections.train)
         for name, sizes in sorted(one.buckets.items(), key=lambda item: float(item[0])):
-            shapes = ", ".join(f"{width}x{height}" for width, height in Counter(sizes))
+            shapes = ", ".join(f"{width}x{height}" for width, height in sizes)
             remark = "" if name in kept or not one.trained_on else "left out: fills no batch"
-            lines.append(f"| {_cell(one.id)} | {name} | {shapes} | {len(sizes)} | {remark} |")
+            lines.append(f"| {_cell(one.id)} | {name} | {shapes} | {sizes.total()} | {remark} |")
     return "\n".join(lines)
 
 
