@@ -104,7 +104,7 @@ def _cut(texts: Sequence[Tokens], tensor: Tensor) -> list[Tensor]:
     """
     pieces = [tokens.pieces(row) for tokens, row in zip(texts, tensor, strict=False)]
     block = torch.cat([piece for each in pieces for piece in each])
-    cut = block.split([sum(len(piece) for piece in each) for each in pieces])
+    cut = torch.split(block, [sum(len(piece) for piece in each) for each in pieces])
     return [one if tokens.factor == 1.0 else one * tokens.factor for tokens, one in zip(texts, cut, strict=True)]
 
 
