@@ -18,6 +18,10 @@ ADDRESS = "gs://store-bucket/team/store"
 KEYS = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(7)]
 
 
+def all_keys() -> Keys:
+    return Keys((place, key, 0) for place, key in enumerate(KEYS))
+
+
 def made(number: int) -> dict[str, Tensor]:
     return {"latents": torch.full((2, 3), float(number))}
 
@@ -33,7 +37,7 @@ def write(store: Store, keys: Keys, count: int, *, interrupted: bool = False) ->
 
 
 def test_every_sample_is_in_a_shard_that_is_noted(tmp_path: Path) -> None:
-    store, keys = Store(tmp_path), Keys(KEYS)
+    store, keys = Store(tmp_path), all_keys()
     assert write(store, keys, 7) == 7
 
     assert sorted(shard.samples for shard in keys.shards()) == [1, 3, 3]
@@ -50,7 +54,7 @@ def test_every_sample_is_in_a_shard_that_is_noted(tmp_path: Path) -> None:
 
 def test_large_samples_make_shards_of_fewer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_writer, "MAX_SHARD_BYTES", 2 * made(0)["latents"].nbytes)
-    keys = Keys(KEYS)
+    keys = all_keys()
     write(Store(tmp_path), keys, 7)
 
     assert sorted(shard.samples for shard in keys.shards()) == [1, 2, 2, 2]
@@ -59,7 +63,7 @@ def test_large_samples_make_shards_of_fewer(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 def test_samples_are_taken_while_a_shard_is_on_its_way(proxy: FaultyProxy) -> None:
     upload = proxy.fail("POST .*uploadType", "hold")
-    keys = Keys(KEYS)
+    keys = all_keys()
     with ShardWriter(open_store(ADDRESS), "latents-x", keys, 3) as writer:
         for number, key in enumerate(KEYS[:5]):
             writer.add(key, made(number))  # Would wait for half a minute, and then a shard would be noted.
@@ -71,7 +75,7 @@ def test_samples_are_taken_while_a_shard_is_on_its_way(proxy: FaultyProxy) -> No
 
 
 def test_what_stops_the_encoding_leaves_whole_shards_alone(tmp_path: Path) -> None:
-    keys = Keys(KEYS)
+    keys = all_keys()
     with pytest.raises(KeyboardInterrupt):
         write(Store(tmp_path), keys, 5, interrupted=True)
 
@@ -81,7 +85,7 @@ def test_what_stops_the_encoding_leaves_whole_shards_alone(tmp_path: Path) -> No
 @pytest.mark.parametrize("count", [2, 7])
 def test_a_store_that_cannot_be_written_stops_the_encoding(tmp_path: Path, count: int) -> None:
     (tmp_path / "file").write_text("no folder")
-    keys = Keys(KEYS)
+    keys = all_keys()
     with pytest.raises(OSError, match="file"):
         write(Store(tmp_path / "file"), keys, count)
 
