@@ -29,6 +29,8 @@ DATA = click.option(
 SET = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of config.json; may be given often."
 )
+# Clients of the hub and of S3 that say every request, or where credentials came from.
+CHATTY = ("httpx", "botocore", "boto3")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -155,6 +157,8 @@ def gc(address: str | None, keep: tuple[Path, ...], unused_days: float, dry_run:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for client in CHATTY:
+        logging.getLogger(client).setLevel(logging.WARNING)
     sys.exit(_run(arguments))
 
 

@@ -257,16 +257,16 @@ def _batches(pictures: "Iterator[tuple[_Placed, Tensor]]", size: int) -> "Iterat
             yield [item.key for item, _ in batch], [pixels for _, pixels in batch]
 
 
-def _decoded(dataset: Path, samples: _Samples, indices: Iterable[int]) -> "Iterator[tuple[_Placed, Tensor]]":
-    """The samples at ``indices`` with their pixels (uint8), in order; threads prepare those that follow."""
+def _decoded(dataset: Path, samples: _Samples, positions: Iterable[int]) -> "Iterator[tuple[_Placed, Tensor]]":
+    """The samples at ``positions`` with their pixels (uint8), in order; threads prepare those that follow."""
 
-    def decode(index: int) -> "tuple[_Placed, Tensor]":
-        item = samples[index]
+    def decode(position: int) -> "tuple[_Placed, Tensor]":
+        item = samples[position]
         # As text: of the parts of path objects Python keeps a table, which grows with their number.
         path = os.path.join(dataset, item.sample.file)
         return item, read_pixels(path, item.sample.sha256, item.sample.id, item.placement)
 
-    return in_threads(decode, indices, decoding_threads(), "cache_vae", ahead=DECODED_AHEAD)
+    return in_threads(decode, positions, decoding_threads(), "cache_vae", ahead=DECODED_AHEAD)
 
 
 def _row(item: _Placed, shard: str, mask: Mapping[str, str], picture: str = "") -> LatentRow:
