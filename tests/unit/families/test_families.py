@@ -63,7 +63,22 @@ def test_texts_are_the_stock_pipelines(name: str, batch: int, refs: dict[str, Mo
             continue
         kept = encoded[0][row][encoded[1][row].bool()]
         torch.testing.assert_close(named["embeds"], kept, rtol=0, atol=1e-5)
-        assert named["embeds"].untyped_storage().nbytes() == named["embeds"].nbytes
+    if name != "sdxl":
+        blocks = {each.data_ptr(): each.nbytes() for each in (named["embeds"].untyped_storage() for named in ours)}
+        assert sum(blocks.values()) == sum(named["embeds"].nbytes for named in ours)  # No padding is kept.
+
+
+def test_texts_are_made_as_they_are_stored(name: str, refs: dict[str, ModelRef], cpu: torch.device) -> None:
+    family, ref = load_family(name), refs[name]
+    encoders = family.load_text_encoders(ref, cpu)
+    whole, rounded = (
+        family.encode_texts(encoders, [*TEXTS, ""], _section(ref, text_encoder_batch_size=2, dtype=dtype))
+        for dtype in ("fp32", "bf16")
+    )
+    for one, other in zip(whole, rounded, strict=True):
+        assert {key: tensor.dtype for key, tensor in other.items()} == dict.fromkeys(one, torch.bfloat16)
+        assert all(torch.equal(one[key].bfloat16(), tensor) for key, tensor in other.items())
+        assert all(tensor.is_contiguous() for tensor in (*one.values(), *other.values()))
 
 
 def test_latents(name: str, refs: dict[str, ModelRef], cpu: torch.device) -> None:
