@@ -13,8 +13,8 @@ _FETCHED_AT_ONCE = 256
 class Scratch:
     """A database in a temporary file that is gone with this object, or the process; memory holds 1 MB of it.
 
-    SQLite keeps what fits into this megabyte and puts the rest, and what it sorts, where ``SQLITE_TMPDIR`` or ``TMPDIR``
-    says, else in ``/var/tmp`` or ``/tmp``. Several threads may use it.
+    SQLite puts what does not fit there, and what it sorts, where ``SQLITE_TMPDIR`` or ``TMPDIR`` says, else in
+    ``/var/tmp`` or ``/tmp``. Several threads may use it.
 
     Args:
         schema: Statements that make the tables.
