@@ -42,10 +42,9 @@ def main() -> None:
         rows.append([f"bytes a sample above {counts[0]:,}", *(f"{each:,.0f}" for each in above)])
     note = (
         f"\n\nPeak resident MB of a fresh process, one run each; {FAMILY}, a unit model, pictures of {EDGE} px whose "
-        f"names, {len(caption(0))} bytes long, are their captions. Listings, keys and rows stay on disk. What grows is "
-        "bounded but for some 8 to 20 bytes a sample (places that are still to be encoded, where rows are): SQLite "
-        "keeps 2 MB of each table in memory and takes as much to sort, and tokenizers keep the pieces of texts they "
-        "have seen."
+        f"names, {len(caption(0))} bytes long, are their captions. Listings, keys and rows stay on disk. SQLite keeps "
+        "1 MB of each table in memory and takes as much to sort; beyond this bound some 10 to 20 bytes a sample grow: "
+        "places that are still to be encoded or were found, and where rows are."
     )
     report("Data steps: peak memory", table(["samples", "imports", *STEPS[1:]], rows) + note)
 

@@ -11,10 +11,10 @@ _FETCHED_AT_ONCE = 256
 
 
 class Scratch:
-    """A database in a temporary file that is gone with this object, or the process; memory holds 2 MB of it.
+    """A database in a temporary file that is gone with this object, or the process; memory holds 1 MB of it.
 
-    SQLite keeps what fits into these 2 MB and puts the rest, and what it sorts, where ``SQLITE_TMPDIR`` or ``TMPDIR``
-    says, else in ``/var/tmp`` or ``/tmp``. Several threads may use it.
+    SQLite puts what does not fit there, and what it sorts, where ``SQLITE_TMPDIR`` or ``TMPDIR`` says, else in
+    ``/var/tmp`` or ``/tmp``. Several threads may use it.
 
     Args:
         schema: Statements that make the tables.
@@ -25,7 +25,8 @@ class Scratch:
         self._connection = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._lock = threading.RLock()
         # Nobody else can see it and nothing outlives it: one transaction, no journal, nothing overwritten with zeros.
-        for statement in ("PRAGMA journal_mode = OFF", "PRAGMA secure_delete = OFF", "BEGIN", *schema):
+        settings = ("cache_size = -1000", "journal_mode = OFF", "secure_delete = OFF")
+        for statement in (*(f"PRAGMA {setting}" for setting in settings), "BEGIN", *schema):
             self._connection.execute(statement)
 
     def run(self, statement: str, values: Iterable[Value] = ()) -> None:

@@ -78,6 +78,7 @@ class Sana(Adapters):
         model: Any = load_text_encoder(Gemma2Model, ref, "text_encoder", 1, rounding, device)
         # Nothing is generated: keys and values of every layer would be kept in vain, 1 GB for 16 texts of 300 tokens.
         model.config.use_cache = False
+        _keep_no_texts(tokenizer)
         return TextEncoder(tokenizer, model)
 
     def tokenize(self, encoders: TextEncoder, texts: Sequence[str], section: CacheTextSection) -> list[Tokens]:
@@ -161,3 +162,11 @@ class Sana(Adapters):
                 use_resolution_binning=False,
                 complex_human_instruction=[section.instruction] if section.instruction else None,
             ).images[0]
+
+
+def _keep_no_texts(tokenizer: Any) -> None:
+    """Turn off the cache of words: this tokenizer does not part words, so it would keep whole captions, 3 kB each."""
+    # It is no public method, so another version may lack it; then some thousand captions are kept.
+    resize = getattr(tokenizer.backend_tokenizer.model, "_resize_cache", None)
+    if resize is not None:
+        resize(0)
