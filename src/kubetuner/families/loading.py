@@ -37,11 +37,10 @@ def load_frozen(part: Any, ref: ModelRef, subfolder: str, device: torch.device) 
     return load_model(part, ref, subfolder, device, torch.float32).requires_grad_(False)
 
 
-def load_tokenizer(part: Any, ref: ModelRef, subfolder: str) -> Any:
-    """The tokenizer in ``subfolder``; it remembers :data:`REMEMBERED_WORDS`.
+def load_tokenizer(part: Any, ref: ModelRef, subfolder: str, remembered: int = REMEMBERED_WORDS) -> Any:
+    """The tokenizer in ``subfolder``, which remembers the pieces of so many words.
 
-    To Gemma's a whole caption is one word of 4 to 10 kB, which it hardly sees again. To the others words are words, and
-    the first thousand make up most of every caption.
+    The first thousand words make up most of every caption.
     """
     tokenizer = _from_pretrained(part.from_pretrained, ref, subfolder, revision=hub_revision(ref))
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
@@ -49,7 +48,7 @@ def load_tokenizer(part: Any, ref: ModelRef, subfolder: str) -> Any:
     # looking them up have no such memory. A test of what is remembered fails when the name has changed.
     forget = getattr(model, "_resize_cache", None)
     if forget is not None:
-        forget(REMEMBERED_WORDS)
+        forget(remembered)
     return tokenizer
 
 

@@ -74,11 +74,11 @@ class Sana(Adapters):
         """Gemma 2 and its tokenizer."""
         from transformers import AutoTokenizer, Gemma2Model
 
-        tokenizer = loading.load_tokenizer(AutoTokenizer, ref, "tokenizer")
+        # It does not part words: a whole caption would be one that is remembered, in 4 to 10 kB, and hardly seen again.
+        tokenizer = loading.load_tokenizer(AutoTokenizer, ref, "tokenizer", remembered=0)
         model: Any = load_text_encoder(Gemma2Model, ref, "text_encoder", 1, rounding, device)
         # Nothing is generated: keys and values of every layer would be kept in vain, 1 GB for 16 texts of 300 tokens.
         model.config.use_cache = False
-        _keep_no_texts(tokenizer)
         return TextEncoder(tokenizer, model)
 
     def tokenize(self, encoders: TextEncoder, texts: Sequence[str], section: CacheTextSection) -> list[Tokens]:
@@ -162,11 +162,3 @@ class Sana(Adapters):
                 use_resolution_binning=False,
                 complex_human_instruction=[section.instruction] if section.instruction else None,
             ).images[0]
-
-
-def _keep_no_texts(tokenizer: Any) -> None:
-    """Turn off the cache of words: this tokenizer does not part words, so it would keep whole captions, 3 kB each."""
-    # It is no public method, so another version may lack it; then some thousand captions are kept.
-    resize = getattr(tokenizer.backend_tokenizer.model, "_resize_cache", None)
-    if resize is not None:
-        resize(0)
