@@ -143,8 +143,8 @@ class Mirror:
             with _disk_errors_told(self.folder), _opened(part) as stream:
                 if not _lock_alone(stream):
                     time.sleep(_POLL_SECONDS)
-                elif not os.fstat(stream.fileno()).st_nlink:
-                    continue  # Renamed or removed between opening and locking.
+                elif not _is_at(part, stream):
+                    continue  # Put in place or removed between opening and locking.
                 elif path.exists():
                     part.unlink()
                 elif not self._fill(file, part, stream, ahead):
@@ -231,6 +231,14 @@ def _disk_errors_told(folder: Path) -> Iterator[None]:
 def _opened(part: Path) -> IO[bytes]:
     """Open for writing without emptying what another process may be filling."""
     return os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+
+
+def _is_at(path: Path, stream: IO[bytes]) -> bool:
+    """Whether what was opened as ``path`` still has that name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def configured() -> tuple[Path, int]:

@@ -7,10 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from kubetuner.errors import ArtifactError
+from kubetuner.store import mirror as mirror_module
 from kubetuner.store.files import DamagedError
 from kubetuner.store.mirror import Mirror, Sink, configured
 from tests.unit.conftest import fetchers_end, fork, wait
@@ -126,6 +128,24 @@ def test_threads_and_mirrors_share_one_fetch(mirror: Mirror, elsewhere: Elsewher
         thread.start()
     for thread in threads:
         thread.join()
+    assert elsewhere.fetched == [0]
+    assert held(mirror) == {0}
+
+
+def test_a_fetch_that_ends_between_opening_and_locking_is_taken(
+    mirror: Mirror, elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Mirror(mirror.folder, 3500, elsewhere.size, elsewhere.download)
+    lock = mirror_module._lock_alone
+
+    def other_was_faster(stream: IO[bytes]) -> bool:
+        monkeypatch.setattr(mirror_module, "_lock_alone", lock)
+        use(other, 0)
+        return lock(stream)
+
+    monkeypatch.setattr(mirror_module, "_lock_alone", other_was_faster)
+    use(mirror, 0)
+
     assert elsewhere.fetched == [0]
     assert held(mirror) == {0}
 
