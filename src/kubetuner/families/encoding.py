@@ -14,7 +14,7 @@ from kubetuner.data.pictures import to_floats
 from kubetuner.families import load_family
 from kubetuner.families.base import Family, Named
 from kubetuner.families.loading import default_device
-from kubetuner.families.transfers import Arriving, sent
+from kubetuner.families.transfers import Arriving, one_behind, sent
 
 Batch = tuple[Sequence[str], Sequence[Tensor]]
 """Content keys of some pictures of one size, and their pixels: uint8 ``[3, H, W]`` each."""
@@ -54,13 +54,7 @@ class Encoder:
 
     def encode_all(self, batches: Iterable[Batch], *, moments: bool) -> Iterator[tuple[str, Named | None]]:
         """Key by key what :meth:`encode` gives; a GPU gets the next batch before it has finished with the last."""
-        begun: _Begun | None = None
-        for keys, pixels in batches:
-            following = self._begin(keys, pixels, moments)
-            if begun is not None:
-                yield from zip(begun.keys, begun.results(), strict=True)
-            begun = following
-        if begun is not None:
+        for begun in one_behind(self._begin(keys, pixels, moments) for keys, pixels in batches):
             yield from zip(begun.keys, begun.results(), strict=True)
 
     def _begin(self, keys: Sequence[str], pixels: Sequence[Tensor], moments: bool) -> "_Begun":

@@ -6,7 +6,7 @@ other texts. Here the shape follows from the text alone: its length is rounded u
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from kubetuner.config.sections.steps import CacheTextSection
 from kubetuner.families.base import Family, Named
 from kubetuner.families.text import Tokens
-from kubetuner.families.transfers import Arriving
+from kubetuner.families.transfers import Arriving, one_behind
 from kubetuner.threads import in_threads
 
 KeyT = TypeVar("KeyT")
@@ -52,30 +52,18 @@ def encode_all(
     """
     size = section.text_encoder_batch_size
     dtype = torch.bfloat16 if section.dtype == "bf16" else torch.float32
-    begun: tuple[Sequence[tuple[KeyT, Tokens]], Arriving] | None = None
-    for batch in _batches(_tokenized(family, encoders, section, keys, text_of), size):
-        tokens = [one for _, one in batch]
-        made = family.encode_tokens(encoders, [*tokens, *[tokens[-1]] * (size - len(tokens))])
-        following = batch, Arriving(made, dtype)
-        if begun is not None:
-            yield from _arrived(*begun)
-        begun = following
-    if begun is not None:
-        yield from _arrived(*begun)
 
-
-def _tokenized(
-    family: Family,
-    encoders: Any,
-    section: CacheTextSection,
-    keys: Iterable[KeyT],
-    text_of: Callable[[KeyT], str],
-) -> Iterator[tuple[KeyT, Tokens]]:
     def tokenize(some: Sequence[KeyT]) -> list[tuple[KeyT, Tokens]]:
         return list(zip(some, family.tokenize(encoders, [text_of(key) for key in some], section), strict=True))
 
-    for part in in_threads(tokenize, _parts(keys, _TOKENIZED_AT_ONCE), 1, "kubetuner-texts", ahead=1):
-        yield from part
+    def begin(batch: Sequence[tuple[KeyT, Tokens]]) -> tuple[Sequence[tuple[KeyT, Tokens]], Arriving]:
+        tokens = [one for _, one in batch]
+        made = family.encode_tokens(encoders, [*tokens, *[tokens[-1]] * (size - len(tokens))])
+        return batch, Arriving(made, dtype)
+
+    tokenized = in_threads(tokenize, _parts(keys, _TOKENIZED_AT_ONCE), 1, "kubetuner-texts", ahead=1)
+    for batch, arriving in one_behind(map(begin, _batches(chain.from_iterable(tokenized), size))):
+        yield from _arrived(batch, arriving)
 
 
 def _batches(texts: Iterable[tuple[KeyT, Tokens]], size: int) -> Iterator[list[tuple[KeyT, Tokens]]]:

@@ -1,9 +1,12 @@
 """Tensors to an encoder's device and back, so that a GPU and the thread that feeds it do not wait for each other."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+BegunT = TypeVar("BegunT")
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -11,6 +14,16 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def one_behind(begun: Iterable[BegunT]) -> Iterator[BegunT]:
+    """Each of ``begun`` when the next has been begun too, so that a GPU has work while the results are waited for."""
+    last: list[BegunT] = []
+    for following in begun:
+        if last:
+            yield last.pop()
+        last.append(following)
+    yield from last
 
 
 class Arriving:

@@ -36,12 +36,12 @@ class Described(Relisted):
 
     def __init__(self, source: HoldsTables, table: MetadataTable) -> None:
         super().__init__(source)
-        self._source, self._table = source, table
+        self._tables, self._table = source, table
 
     def listing(self) -> Listing:
         """See :class:`Source`; pictures that the table does not know have no captions and no size."""
         found = self._source.listing()
-        item, data = self._source.read_table(self._table.path)
+        item, data = self._tables.read_table(self._table.path)
         names = identifiers(found.pictures, self._table)
         captions = read_captions(data, self._table)
         sizes = read_sizes(data, self._table)

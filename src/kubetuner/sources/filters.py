@@ -117,7 +117,7 @@ class FilteredByName(Relisted):
 
     def __init__(self, source: Source, paths: PathFilter) -> None:
         super().__init__(source)
-        self._source, self._names = source, NameTest(paths)
+        self._names = NameTest(paths)
 
     def listing(self) -> Listing:
         """See :class:`Source`."""

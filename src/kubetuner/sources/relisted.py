@@ -7,17 +7,17 @@ class Relisted:
     """Reads what ``source`` reads; the listing is a subclass's."""
 
     def __init__(self, source: Source) -> None:
-        self._inner = source
+        self._source = source
         self.place, self.key, self.readers = source.place, source.key, source.readers
 
     def read(self, item: Item) -> bytes:
         """See :class:`Source`."""
-        return self._inner.read(item)
+        return self._source.read(item)
 
     def header(self, item: Item, length: int) -> bytes:
         """See :class:`Source`."""
-        return self._inner.header(item, length)
+        return self._source.header(item, length)
 
     def close(self) -> None:
         """See :class:`Source`."""
-        self._inner.close()
+        self._source.close()

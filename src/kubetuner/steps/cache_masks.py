@@ -8,7 +8,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import compress, islice
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +17,7 @@ from kubetuner.config.sections.steps import CacheVaeSection
 from kubetuner.data.geometry import Placement
 from kubetuner.data.keys import Keys
 from kubetuner.data.masks import WEIGHTS, to_weights
+from kubetuner.data.shard_writer import ShardWriter
 from kubetuner.digests import fingerprint
 from kubetuner.errors import ArtifactError
 from kubetuner.steps.planning.costs import vae_shape
@@ -109,9 +110,9 @@ def cache_masks(
         available_cpus(),
         "masks",
     )
-    while part := dict(islice(made, MASKS_PER_SHARD)):
-        shard = store.write_shard(NAMESPACE, {key: {WEIGHTS: weights} for key, weights in part.items()})
-        keys.put(keys.numbers(part), shard)
+    with ShardWriter(store, NAMESPACE, keys, MASKS_PER_SHARD) as shards:
+        for key, weights in made:
+            shards.add(key, {WEIGHTS: weights})
     logger.info("masks: %d reused, %d made", keys.distinct - len(missing), len(missing))
     return CachedMasks(factor, keys, store.shapes(keys.shards())[WEIGHTS])
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kubetuner.artifacts import ShardEntry, write_atomically
 from kubetuner.digests import sha256_of
+from kubetuner.replacing import write_bytes
 from kubetuner.store.files import INDEX, SHARDS, DamagedError, Lease, Stored
 
 WRONG_BYTES = "is damaged (its bytes do not have the checksum in its name)"
@@ -62,7 +63,7 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         """See :class:`Files`."""
-        write_atomically(self.root / name, lambda temporary: temporary.write_bytes(data))
+        write_bytes(str(self.root / name), data)
 
     def write_shard(self, shard: ShardEntry, data: bytes) -> None:
         """See :class:`Files`."""

@@ -12,7 +12,7 @@ from kubetuner.config.sections.steps import ModelRef
 from kubetuner.errors import ConfigError
 from kubetuner.steps.plan import make_plan
 from kubetuner.steps.planning.memory import CARD
-from tests.unit.steps.test_plan_sampling import CONFIG, SQUARE, WIDE, entry, message, pictures, repeats
+from tests.unit.steps.test_plan_sampling import CONFIG, SQUARE, WIDE, entry, few_pictures, message, pictures, repeats
 
 
 def test_batches_steps_and_shares_are_counted_by_each_datasets_size(tmp_path: Path) -> None:
@@ -78,11 +78,7 @@ def test_a_dataset_too_small_for_its_own_batch_is_refused_with_its_size(tmp_path
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("folders")
-    for squares in range(1, 4):
-        for wide in range(3):
-            pictures(root / f"{squares}_{wide}", *[SQUARE] * squares, *[WIDE] * wide)
-    return root
+    return few_pictures(tmp_path_factory.mktemp("folders"))
 
 
 @given(

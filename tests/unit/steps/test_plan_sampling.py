@@ -100,13 +100,17 @@ def test_oversubscription_leaves_no_bucket_out_and_set_repeats_alone(tmp_path: P
     assert "allow_dataset_oversubscription" not in message(too_few, [entry(repeats=0)], tmp_path)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("folders")
+def few_pictures(root: Path) -> Path:
+    """Folders ``<squares>_<wide>`` of 1 to 3 squares and 0 to 2 wide pictures."""
     for squares in range(1, 4):
         for wide in range(3):
             pictures(root / f"{squares}_{wide}", *[SQUARE] * squares, *[WIDE] * wide)
     return root
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return few_pictures(tmp_path_factory.mktemp("folders"))
 
 
 @given(

@@ -19,7 +19,7 @@ from kubetuner.sources.filters import KEY as FILTER_KEY
 from kubetuner.sources.filters import FilterError, nothing_left
 from kubetuner.sources.subset import subset
 from kubetuner.sources.switch import located, open_source
-from kubetuner.steps.planning.advice import fewest_passes, largest_batch
+from kubetuner.steps.planning.advice import batches_of, fewest_passes, largest_batch
 from kubetuner.steps.planning.told_sizes import doubt
 from kubetuner.threads import in_threads
 
@@ -215,8 +215,7 @@ def kept_buckets(measured: Measured, train: TrainSection) -> dict[str, int]:
 
 def batches_per_epoch(measured: Measured, train: TrainSection) -> int:
     """Batches of a dataset in one epoch: those of each bucket that are whole, repeats counted."""
-    size = train.batch_size(measured.entry.sampling)
-    return sum(count // size for count in kept_buckets(measured, train).values())
+    return batches_of(list(kept_buckets(measured, train).values()), train.batch_size(measured.entry.sampling))
 
 
 def drawn_per_epoch(measured: Measured, train: TrainSection) -> int:
